@@ -1,0 +1,75 @@
+"""What a paper adds to the library: a Method, four pure functions.
+
+`training/step.py` is the only train step. It walks over `objectives` in order, differentiates each for its own
+player, applies that player's optimiser, and ends with `advance`. `generate` is the method's own way from noise to
+data. Nothing here knows a network, a data set or a device.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxdiff.schedules import Schedule
+from jaxdiff.solvers.base import Solver
+from jaxdiff.types import Array, Cond, Key, Metrics, Params
+
+Players = dict[str, Params]
+Aux = Any
+Batch = dict[str, Array]
+
+
+@runtime_checkable
+class LossFn(Protocol):
+    """(params, aux, batch, key, step) -> (scalar, metrics); the gradient is taken in params[player] alone.
+
+    A metric is a scalar or a per-example [B] array. Logs show means; `advance` sees the arrays whole.
+    """
+
+    def __call__(self, params: Players, aux: Aux, batch: Batch, key: Key, step: Array) -> tuple[Array, Metrics]: ...
+
+
+class Objective(NamedTuple):
+    """A loss, the player it trains, and how often (`every` = 2: on even steps only)."""
+
+    player: str
+    loss: LossFn
+    every: int = 1
+
+
+class Sampling(NamedTuple):
+    """How to generate. Only `num_steps` and `solver` are static; changing the arrays compiles nothing.
+
+    Attributes:
+      num_steps: number of points of the method's own time grid, or None for the method's default. Ignored when
+        `times` is given.
+      solver: builds a solver for a schedule, or None for the method's own.
+      times: [n] decreasing grid in the schedule's unit, instead of the method's own.
+      guidance_scale: scalar; 1 is no guidance, None leaves the unconditional pass out.
+    """
+
+    num_steps: int | None = None
+    solver: Callable[[Schedule], Solver] | None = None
+    times: Array | None = None
+    guidance_scale: Array | None = None
+
+
+def keep(aux: Aux, params: Players, step: Array, metrics: Metrics) -> Aux:
+    """The `advance` of a method without anything to move."""
+    del params, step, metrics
+    return aux
+
+
+class Method(NamedTuple):
+    """A generative method.
+
+    Attributes:
+      init: (key, batch) -> (params: {player: tree}, aux). aux holds whatever is not optimised: teacher, target
+        network, statistics. Trees in aux are copies: a donated state may hold no buffer twice.
+      objectives: in update order. A later objective sees the parameters that the earlier ones updated.
+      generate: (params, aux, key, noise, cond, sampling) -> samples [B, ...]. noise is unit normal [B, ...].
+      advance: (aux, params, step, metrics) -> aux, after all updates of a step.
+    """
+
+    init: Callable[[Key, Batch], tuple[Players, Aux]]
+    objectives: tuple[Objective, ...]
+    generate: Callable[[Players, Aux, Key, Array, Cond, Sampling], Array]
+    advance: Callable[[Aux, Players, Array, Metrics], Aux] = keep

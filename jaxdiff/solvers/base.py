@@ -1,0 +1,119 @@
+"""From noise to data: a Solver is three functions, and one lax.scan carries them along a grid of times.
+
+`integrate` makes the n - 1 steps between the n real noise levels of `times`; `sample` adds the step from the last
+level to clean data. The clean end is not a time, so no step divides by a zero sigma, and a one-step generator is the
+empty scan: `sample(solver, denoise, key, x, times=[t_max])` is one call of the denoiser.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdiff.types import Denoiser, Key
+
+State = Any
+
+
+def last_x0(noise: Array, state: State, x: Array, t: Array, denoise: Denoiser) -> Array:
+    """The step to clean data of nearly every solver: the denoiser's x0."""
+    del noise, state
+    return denoise(x, t).x0
+
+
+class Solver(NamedTuple):
+    """One way to go from a noise level to the next.
+
+    Attributes:
+      init: (x [B, ...], times [n]) -> state. Arrays in the state take their dtype from x.
+      step: (noise, state, x, t, s, denoise) -> (x_s, state, x0), from time t to the less noisy s, both [B]. noise is
+        unit normal in the shape of x; x0 is the prediction the step was made with, for previews.
+      finish: (noise, state, x, t, denoise) -> x0, from the last time to clean data.
+    """
+
+    init: Callable[[Array, Array], State]
+    step: Callable[[Array, State, Array, Array, Array, Denoiser], tuple[Array, State, Array]]
+    finish: Callable[[Array, State, Array, Array, Denoiser], Array] = last_x0
+
+
+def no_state(x: Array, times: Array) -> None:
+    """The `init` of a solver without memory."""
+    del x, times
+
+
+class Trajectory(NamedTuple):
+    """Every state of a run: x [n - 1, B, ...] after each step and x0 [n - 1, B, ...], the prediction it was made with."""
+
+    x: Array
+    x0: Array
+
+
+def integrate(
+    solver: Solver,
+    denoise: Denoiser,
+    key: Key,
+    x: Float[Array, "b ..."],
+    times: Float[Array, " n"],
+    *,
+    noise: Array | None = None,
+    return_trajectory: bool = False,
+) -> Any:
+    """Follows `times` from the first to the last, one solver step between neighbours.
+
+    Args:
+      solver: the rule of one step.
+      denoise: (x_t, t) -> Denoised.
+      key: for the noise of stochastic solvers; deterministic ones do not draw.
+      x: [B, ...] noisy data at times[0], scaled as the schedule says (alpha x0 + sigma eps).
+      times: [n] decreasing, all real noise levels. n = 1 returns x.
+      noise: [n - 1 or more, B, ...] unit normal noise to use in order, instead of drawing from the key.
+      return_trajectory: also return every state.
+
+    Returns:
+      x [B, ...] at times[-1], or (x, Trajectory).
+    """
+    x, _, trajectory = _scan(solver, denoise, key, x, times, noise, return_trajectory)
+    return (x, trajectory) if return_trajectory else x
+
+
+def sample(
+    solver: Solver,
+    denoise: Denoiser,
+    key: Key,
+    x: Float[Array, "b ..."],
+    times: Float[Array, " n"],
+    *,
+    noise: Array | None = None,
+    return_trajectory: bool = False,
+) -> Any:
+    """`integrate`, then the step from times[-1] to clean data. n times are n steps of the solver.
+
+    Args and Returns: as for `integrate`, with noise [n, B, ...] and the clean data as the last state.
+    """
+    x, state, trajectory = _scan(solver, denoise, key, x, times, noise, return_trajectory)
+    last = _noise(key, times.size - 1, x) if noise is None else noise[times.size - 1]
+    x = solver.finish(last, state, x, jnp.full(x.shape[:1], times[-1], times.dtype), denoise)
+    if not return_trajectory:
+        return x
+    return x, jax.tree.map(lambda a: jnp.concatenate([a, x[None]]), trajectory)
+
+
+def _scan(solver, denoise, key, x, times, noise, return_trajectory):
+    batch = x.shape[:1]
+
+    def body(carry, inputs):
+        x, state = carry
+        i, t, s = inputs
+        eps = _noise(key, i, x) if noise is None else noise[i]
+        x, state, x0 = solver.step(eps, state, x, jnp.full(batch, t, t.dtype), jnp.full(batch, s, s.dtype), denoise)
+        return (x, state), Trajectory(x, x0) if return_trajectory else None
+
+    inputs = (jnp.arange(times.size - 1), times[:-1], times[1:])
+    (x, state), trajectory = jax.lax.scan(body, (x, solver.init(x, times)), inputs)
+    return x, state, trajectory
+
+
+def _noise(key, i, x):
+    return jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
