@@ -1,0 +1,59 @@
+# Needs Python >= 3.11, pip and make. Everything is installed in $(VENV); nothing is downloaded but packages.
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/quickstart
+# Compiling dominates the test time, so workers share one cache of compiled programs.
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TEST_ENV := JAX_COMPILATION_CACHE_DIR='$(CURDIR)/.cache/jax' JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-full lint format check golden notebook docs clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed ## make the environment; again only when pyproject.toml or constraints.txt change
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; v < (3, 11) and sys.exit('jaxdiff needs Python 3.11 or newer, got %d.%d; name another with PYTHON=python3.12' % v)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing jaxdiff and its tools in $(VENV) (a minute or two)"
+	@$(INSTALL) -e '.[dev]' -c constraints.txt
+	@touch $@
+
+quickstart: setup ## train on the embedded images, sample, evaluate: a grid and a table in WORKDIR=runs/quickstart
+	@$(BIN)/jaxdiff quickstart --workdir $(WORKDIR)
+
+test: setup ## the test suite without the slow tests; PYTEST_ARGS= replaces the parallel run
+	@$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: setup ## the whole test suite
+	@$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) -m ''
+
+lint: setup ## ruff (format and lint) and pyright
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: setup ## let ruff format the code and mend what it can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+check: lint test ## what CI runs: lint, then test
+
+golden: setup ## compare with arrays of the official releases; DIR=folder takes other .npz files
+	@$(TEST_ENV) $(BIN)/python -m pytest tests/golden $(if $(DIR),--golden-dir '$(DIR)') -m ''
+
+notebook: setup ## write notebooks/*.ipynb from their .py sources and execute them
+	@$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
+	@$(BIN)/jupyter-execute --inplace --kernel_name=python3 notebooks/*.ipynb
+
+docs: setup ## build the documentation in site/
+	@$(INSTALL) -e '.[dev,docs]' -c constraints.txt
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+clean: ## remove caches and builds; runs/ and the environment stay
+	@rm -rf .cache .pytest_cache .ruff_cache build dist site
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

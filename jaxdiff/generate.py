@@ -1,0 +1,108 @@
+"""Many samples from a trained method: one compiled call per batch, the same program for every guidance, eta and seed.
+
+Example i starts from noise that depends on the seed and on i alone, so asking for more samples or another batch size
+leaves the first ones as they were (up to the noise that stochastic solvers draw on the way).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from jaxdiff.methods.base import Aux, Method, Players, Sampling
+from jaxdiff.solvers.named import NamedSolver
+from jaxdiff.training import sharding
+from jaxdiff.types import Cond, Key
+
+
+class Dials(NamedTuple):
+    """What may change without compiling: guidance scale (None leaves the unconditional pass out), and eta."""
+
+    guidance_scale: Array | None = None
+    eta: Array | None = None
+
+
+Generate = Callable[[Players, Aux, Key, Array, Cond, Dials], Array]
+
+
+def compiled(method: Method, *, solver: NamedSolver | None = None, num_steps: int | None = None) -> Generate:
+    """The method's `generate` as one jitted function of (params, aux, key, noise [B, ...], cond, dials).
+
+    Args:
+      method: whose `generate` is called.
+      solver: a solver by name, or None for the method's own.
+      num_steps: points of the method's grid, or None for its default.
+    """
+
+    def generate(params, aux, key, noise, cond, dials):
+        eta = jnp.float32(0) if dials.eta is None else dials.eta
+        maker = None if solver is None else lambda schedule: solver.make(schedule, eta, num_steps)
+        return method.generate(params, aux, key, noise, cond, Sampling(num_steps, maker, None, dials.guidance_scale))
+
+    return jax.jit(generate)
+
+
+def labels_for(num: int, num_classes: int | None, label: int | None = None) -> np.ndarray | None:
+    """Labels [num] int32: one class, or all classes in turn; None for a model without classes.
+
+    Raises:
+      ValueError: if a label is asked of a model without classes, or is not one of them.
+    """
+    if num_classes is None:
+        if label is not None:
+            raise ValueError(f"class {label} was asked for, but this experiment has no classes; leave --class out")
+        return None
+    if label is None:
+        return (np.arange(num) % num_classes).astype(np.int32)
+    if not 0 <= label < num_classes:
+        raise ValueError(f"class must be 0 to {num_classes - 1}, got {label}")
+    return np.full(num, label, np.int32)
+
+
+def start_noise(key: Key, first: int, num: int, shape: tuple[int, ...]) -> Array:
+    """Unit normal noise [num, *shape] of the examples first .. first + num - 1."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(first, first + num))
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+
+
+def batches(
+    generate: Generate,
+    params: Players,
+    aux: Aux,
+    *,
+    shape: tuple[int, ...],
+    labels: np.ndarray | None,
+    num: int,
+    batch_size: int,
+    seed: int = 0,
+    dials: Dials = Dials(),
+    mesh: Mesh | None = None,
+) -> Iterator[np.ndarray]:
+    """Yields `num` samples [b, *shape] in [-1, 1], batch by batch; the last batch is cut, not compiled anew.
+
+    Args:
+      generate: from `compiled`.
+      params, aux: of the method, usually an average's parameters.
+      shape: of one example.
+      labels: int32 [num], or None.
+      num: how many.
+      batch_size: examples in one call.
+      seed: of everything drawn.
+      dials: guidance and eta.
+      mesh: that the parameters lie on; a batch is split over its devices when they divide it.
+    """
+    noise_key, solver_key = jax.random.split(jax.random.key(seed))
+    for start in range(0, num, batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), num - 1)
+        noise = start_noise(noise_key, start, batch_size, shape)
+        cond = {} if labels is None else {"label": jnp.asarray(labels[rows])}
+        if mesh is not None:
+            even = batch_size % sharding.batch_devices(mesh) == 0
+            place = sharding.batch_sharding(mesh) if even else sharding.replicated(mesh)
+            noise, cond = jax.device_put((noise, cond), place)
+        out = generate(params, aux, jax.random.fold_in(solver_key, start), noise, cond, dials)
+        yield np.asarray(out)[: num - start]

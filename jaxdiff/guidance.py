@@ -1,0 +1,148 @@
+"""Guidance, as functions that return a Denoiser: classifier-free (with interval and rescaling) and by a classifier.
+
+Guidance acts on x0, uncond + scale * (cond - uncond). At one (x_t, t) this equals the same formula on eps or v, as
+long as nothing clips in between; clip the result, not the two predictions. A scale of 1 is no guidance (papers that
+write 1 + w mean w = scale - 1). Training the unconditional branch is the method's business.
+"""
+
+import difflib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxdiff.schedules import Schedule
+from jaxdiff.types import Cond, Denoised, Denoiser, expand
+
+Gradient = Callable[[Array, Array], Array]
+Scale = float | Float[Array, ""] | Float[Array, " b"]
+
+
+def guided(uncond: Float[Array, "b ..."], cond: Float[Array, "b ..."], guidance_scale: Scale) -> Float[Array, "b ..."]:
+    """uncond + scale (cond - uncond). guidance_scale: a scalar or [B].
+
+    Source: Ho & Salimans 2022 (arXiv:2207.12598) eq. 6, with scale = 1 + w.
+    """
+    return uncond + _per_example(guidance_scale, cond) * (cond - uncond)
+
+
+def rescaled(guided: Float[Array, "b ..."], cond: Float[Array, "b ..."], rescale: Scale = 0.7) -> Float[Array, "b ..."]:
+    """Gives the guided prediction the standard deviation of the conditional one, by the share `rescale`.
+
+    Deviations are over all axes but the batch, unbiased. Works on x0, eps or v.
+
+    Source: Lin et al. 2023 (arXiv:2305.08891) eq. 15-16.
+    """
+    ratio = _std(cond) / _std(guided)
+    share = _per_example(rescale, cond)
+    return (share * expand(ratio, cond) + (1 - share)) * guided
+
+
+def classifier_free(
+    build_denoiser: Callable[[Cond], Denoiser],
+    cond: Cond,
+    null_cond: Cond,
+    guidance_scale: Scale | None,
+    *,
+    interval: tuple[float, float] | None = None,
+    rescale: float | Float[Array, ""] = 0.0,
+) -> Denoiser:
+    """Classifier-free guidance, one network call on a batch of 2 B, the unconditional half first.
+
+    Args:
+      build_denoiser: conditioning -> Denoiser, e.g. `lambda c: denoiser(network, params, schedule, eps(), c)`.
+      cond: arrays [B, ...].
+      null_cond: arrays of the same names and shapes, meaning "no condition".
+      guidance_scale: a scalar or [B], may be traced; 1 is no guidance. None leaves the unconditional half out.
+      interval: (low, high) times of the schedule; outside, the conditional prediction is used alone.
+      rescale: share of `rescaled` to apply to x0; 0 applies none.
+
+    Returns:
+      A denoiser. Only x0 is guided; `variance_out` is the conditional one.
+
+    Raises:
+      ValueError: if the names or shapes of cond and null_cond differ, or the interval is empty.
+
+    Source: Ho & Salimans 2022 (arXiv:2207.12598); Kynkaanniemi et al. 2024 (arXiv:2404.07724) for the interval.
+    """
+    if guidance_scale is None:
+        return build_denoiser(cond)
+    _require_alike(cond, null_cond)
+    if interval is not None and not interval[0] <= interval[1]:
+        raise ValueError(f"classifier_free: interval must be (low, high), got {interval}; swap its ends")
+    both = build_denoiser({name: jnp.concatenate([null_cond[name], cond[name]]) for name in cond})
+
+    def denoise(x_t, t):
+        d = both(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]))
+        x0_uncond, x0_cond = jnp.split(d.x0, 2)
+        x0 = guided(x0_uncond, x0_cond, guidance_scale)
+        if not (isinstance(rescale, float | int) and rescale == 0):
+            x0 = rescaled(x0, x0_cond, rescale)
+        if interval is not None:
+            x0 = jnp.where(expand((t >= interval[0]) & (t <= interval[1]), x0), x0, x0_cond)
+        return Denoised(x0, None if d.variance_out is None else jnp.split(d.variance_out, 2)[1])
+
+    return denoise
+
+
+def classifier(denoise: Denoiser, schedule: Schedule, gradient: Gradient, guidance_scale: Scale = 1.0) -> Denoiser:
+    """Classifier guidance for solvers without a variance: x0 + sigma^2 / alpha * scale * gradient, not clipped again.
+
+    The same as eps - sigma * scale * gradient. For ancestral sampling prefer `solvers.ancestral`, which moves the mean.
+
+    Args:
+      denoise: the unguided denoiser.
+      schedule: gives the level of t. Where alpha = 0, x_t says nothing about the class and x0 stays as it is.
+      gradient: (x_t [B, ...], t [B]) -> gradient of log p(y | x_t) with respect to x_t.
+      guidance_scale: a scalar or [B].
+
+    Source: Dhariwal & Nichol 2021 (arXiv:2105.05233) algorithm 2.
+    """
+
+    def denoise_guided(x_t, t):
+        d = denoise(x_t, t)
+        alpha, sigma = (a.astype(x_t.dtype) for a in schedule.level(t))
+        pure = alpha == 0
+        push = jnp.where(pure, jnp.zeros_like(alpha), sigma**2 / jnp.where(pure, jnp.ones_like(alpha), alpha))
+        return d._replace(x0=d.x0 + expand(push, x_t) * _per_example(guidance_scale, x_t) * gradient(x_t, t))
+
+    return denoise_guided
+
+
+def class_gradient(logits: Callable[[Array, Array], Array], labels: Int[Array, " b"]) -> Gradient:
+    """The gradient of log p(label | x_t) of a classifier trained on noisy data.
+
+    Args:
+      logits: (x_t [B, ...], t [B]) -> [B, number of classes]; each row depends on its own example only.
+      labels: [B], the classes wanted.
+    """
+
+    def log_prob(x_t, t):
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits(x_t, t)), labels[:, None], axis=1)
+        return chosen.sum()
+
+    return jax.grad(log_prob)
+
+
+def _per_example(scale, like):
+    scale = jnp.asarray(scale, like.dtype)
+    return expand(jnp.broadcast_to(scale.reshape(-1), like.shape[:1]), like)
+
+
+def _std(x):
+    return jnp.std(x.reshape(x.shape[0], -1), axis=1, ddof=1)
+
+
+def _require_alike(cond, null_cond):
+    for name in sorted(set(cond) ^ set(null_cond)):
+        here, there = ("cond", null_cond) if name in cond else ("null_cond", cond)
+        close = difflib.get_close_matches(name, there, 1)
+        hint = f'did you mean "{close[0]}"?' if close else "give both the same names"
+        raise ValueError(f'classifier_free: "{name}" is only in {here}, the other has {sorted(there)}; {hint}')
+    for name in cond:
+        if cond[name].shape != null_cond[name].shape:
+            raise ValueError(
+                f'classifier_free: "{name}" is {cond[name].shape} in cond and {null_cond[name].shape} in null_cond; '
+                "repeat the null condition for every example"
+            )

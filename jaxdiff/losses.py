@@ -1,0 +1,136 @@
+"""Scalars per example: distances between two arrays, and the Gaussian likelihood terms of a diffusion chain.
+
+Distances take [B, ...] and return [B], the mean over everything but the batch, at least in float32. Likelihood terms
+are in nats and elementwise, except `vlb_term`, which is in bits per dimension. Weights are in `weighting`; adversarial
+losses are not here.
+"""
+
+import math
+from collections.abc import Callable
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxdiff.process import Bridge, Variance, posterior_mean
+from jaxdiff.types import expand
+
+Distance = Callable[[Array, Array], Array]
+SMALLEST_PROBABILITY = 1e-12
+
+
+def mean_flat(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """Mean over all axes but the first, computed in float32 or better."""
+    return _wide(x).reshape(x.shape[0], -1).mean(axis=1)
+
+
+def mse(prediction: Float[Array, "b ..."], target: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """Mean squared difference."""
+    chex.assert_equal_shape([prediction, target])
+    return mean_flat(jnp.square(_wide(prediction) - _wide(target)))
+
+
+def l1(prediction: Float[Array, "b ..."], target: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """Mean absolute difference."""
+    chex.assert_equal_shape([prediction, target])
+    return mean_flat(jnp.abs(_wide(prediction) - _wide(target)))
+
+
+def pseudo_huber(c: float | None = None) -> Distance:
+    """sqrt(|prediction - target|^2 + c^2) - c, with the Euclidean norm of the whole example (not a mean).
+
+    Args:
+      c: width of the quadratic part; None for 0.00054 sqrt(number of values of an example).
+
+    Source: Song & Dhariwal 2023 (arXiv:2310.14189) eq. 7-8.
+    """
+    if c is not None and not c > 0:
+        raise ValueError(f"pseudo_huber: c must be positive, got {c}; use l1 for no quadratic part")
+
+    def distance(prediction, target):
+        chex.assert_equal_shape([prediction, target])
+        size = prediction.size // prediction.shape[0]
+        width = 0.00054 * math.sqrt(size) if c is None else c
+        squared = size * mse(prediction, target)
+        return squared / (jnp.sqrt(squared + width**2) + width)  # the same, without cancellation near 0
+
+    return distance
+
+
+def with_log_variance(loss: Float[Array, " b"], log_variance: Float[Array, " b"]) -> Float[Array, " b"]:
+    """loss / exp(log_variance) + log_variance: a loss scaled by its own uncertainty. Latent diffusion's `logvar`."""
+    return loss / jnp.exp(log_variance) + log_variance
+
+
+def gaussian_kl(
+    mean: Float[Array, "*s"], log_variance: Float[Array, "*l"], other_mean: Float[Array, "*s"],
+    other_log_variance: Float[Array, "*o"],
+) -> Float[Array, "*s"]:  # fmt: skip
+    """KL(N(mean, variance) || N(other_mean, other_variance)) of every element, in nats. Log-variances broadcast."""
+    difference = log_variance - other_log_variance
+    scaled = (mean - other_mean) ** 2 * jnp.exp(-other_log_variance)
+    return 0.5 * (-1.0 - difference + jnp.exp(difference) + scaled)
+
+
+def discretized_gaussian_nll(
+    x: Float[Array, "*s"], mean: Float[Array, "*s"], log_std: Float[Array, "*l"]
+) -> Float[Array, "*s"]:
+    """-log of the probability that a Gaussian gives to each value's bin, in nats.
+
+    Args:
+      x: values in [-1, 1], multiples of 2/255 away from -1 (uint8 images rescaled). The first bin reaches to
+        -infinity, the last to infinity.
+      mean: of the Gaussian.
+      log_std: logarithm of its standard deviation, broadcastable.
+
+    The normal distribution function is the tanh approximation of the releases; the exact one changes bits/dim in the
+    fourth decimal. As in the releases, probabilities are differences of two such functions, so in float32 little is
+    left of one below 1e-7, and they are bounded below by 1e-12: a hopeless prediction has gradient 0.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239) eq. 13; the approximation is Improved DDPM's.
+    """
+    inverse_std = jnp.exp(-log_std)
+    upper = _normal_cdf(inverse_std * (x - mean + 1 / 255))
+    lower = _normal_cdf(inverse_std * (x - mean - 1 / 255))
+
+    def log(p):
+        return jnp.log(jnp.maximum(p, SMALLEST_PROBABILITY))
+
+    return -jnp.where(x < -0.999, log(upper), jnp.where(x > 0.999, log(1.0 - lower), log(upper - lower)))
+
+
+def vlb_term(
+    x0: Float[Array, "b ..."],
+    x_t: Float[Array, "b ..."],
+    predicted_x0: Float[Array, "b ..."],
+    between: Bridge,
+    variance: Variance,
+    to_data: Bool[Array, " b"],
+) -> Float[Array, " b"]:
+    """One term of the variational bound, in bits per dimension.
+
+    Args:
+      x0: [B, ...] clean data in [-1, 1].
+      x_t: [B, ...] noisy data.
+      predicted_x0: [B, ...] the model's clean data at x_t; its mean of x_s is the posterior's with this x0.
+      between: posterior coefficients from t to s.
+      variance: the model's variance of x_s.
+      to_data: [B] whether s is the clean data: then the term is the decoder's negative log likelihood instead of the
+        divergence KL(q(x_s | x_t, x0) || p(x_s | x_t)).
+
+    Source: Ho et al. 2020 eq. 5; Nichol & Dhariwal 2021 (arXiv:2102.09672) for the variance.
+    """
+    mean = posterior_mean(predicted_x0, x_t, between)
+    true_log_variance = expand(between.log_variance, x0)
+    log_variance = jnp.broadcast_to(variance.log, x0.shape)
+    divergence = gaussian_kl(posterior_mean(x0, x_t, between), true_log_variance, mean, log_variance)
+    nll = discretized_gaussian_nll(x0, mean, 0.5 * log_variance)
+    return jnp.where(to_data, mean_flat(nll), mean_flat(divergence)) / math.log(2.0)
+
+
+def _normal_cdf(x):
+    return 0.5 * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _wide(x):
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x

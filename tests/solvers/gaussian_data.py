@@ -1,0 +1,40 @@
+"""Data N(0.3, 0.7^2): the denoiser and the probability flow path are known exactly for every schedule."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff import schedules
+from jaxdiff.types import Denoised, expand
+
+MEAN, STD = 0.3, 0.7
+KEY = jax.random.key(0)
+SCHEDULES = {
+    "vp": (schedules.vp_linear(), 0.8, 0.05),
+    "ve": (schedules.ve(), 10.0, 0.1),
+    "flow": (schedules.rectified_flow(), 0.95, 0.05),
+}
+
+
+def spread(level):
+    return jnp.sqrt(level.alpha**2 * STD**2 + level.sigma**2)
+
+
+def best_denoiser(schedule):
+    """The mean of x0 given x_t."""
+
+    def denoise(x, t):
+        level = schedule.level(t)
+        gain = level.alpha * STD**2 / spread(level) ** 2
+        return Denoised(MEAN + expand(gain, x) * (x - expand(level.alpha, x) * MEAN))
+
+    return denoise
+
+
+def path(schedule, x, t, s):
+    """Where the probability flow takes x [B] from time t to time s."""
+    a, b = (schedule.level(jnp.asarray([time], x.dtype)) for time in (t, s))
+    return b.alpha * MEAN + spread(b) / spread(a) * (x - a.alpha * MEAN)
+
+
+def even(start, end, n, dtype=jnp.float32):
+    return jnp.linspace(start, end, n, dtype=dtype)

@@ -1,0 +1,90 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff import losses, process, schedules
+from jaxdiff.types import Level
+
+A = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 2)), jnp.float32)
+B = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4, 4, 2)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "distance, expected",
+    [
+        (losses.mse, lambda d: (d**2).mean()),
+        (losses.l1, lambda d: np.abs(d).mean()),
+        (losses.pseudo_huber(0.3), lambda d: np.sqrt((d**2).sum() + 0.09) - 0.3),
+        (losses.pseudo_huber(), lambda d: np.sqrt((d**2).sum() + 0.00054**2 * 32) - 0.00054 * 32**0.5),
+    ],
+)
+def test_distances(distance, expected):
+    d = np.asarray(A, np.float64) - np.asarray(B, np.float64)
+    assert np.asarray(distance(A, B)) == pytest.approx([expected(row) for row in d], rel=1e-5)
+    half = distance(A.astype(jnp.bfloat16), B.astype(jnp.bfloat16))
+    assert half.dtype == jnp.float32 and half.shape == (3,)
+    assert (jax.grad(lambda a: distance(a, A).sum())(A) == 0).all() or distance is losses.l1
+    with pytest.raises(AssertionError, match="shape"):
+        distance(A, B[:, :1])
+
+
+def test_gaussian_kl_against_the_integral():
+    x = np.linspace(-12, 12, 200_001)
+    (m1, v1), (m2, v2) = (0.3, 0.5), (-0.4, 1.7)
+
+    def log_density(m, v):
+        return -0.5 * ((x - m) ** 2 / v + np.log(2 * np.pi * v))
+
+    p = np.exp(log_density(m1, v1))
+    integral = np.sum(p * (log_density(m1, v1) - log_density(m2, v2))) * (x[1] - x[0])
+    kl = losses.gaussian_kl(*(jnp.float32(a).reshape(1) for a in (m1, math.log(v1), m2, math.log(v2))))
+    assert float(kl[0]) == pytest.approx(integral, rel=1e-5)
+
+
+@pytest.mark.parametrize("mean, std", [(0.1, 0.02), (-0.95, 0.1), (0.99, 0.3)])
+def test_decoder_probabilities_add_up_to_one_and_follow_the_normal_distribution(mean, std):
+    grey = jnp.asarray(np.arange(256) / 127.5 - 1, jnp.float32)
+    nll = losses.discretized_gaussian_nll(grey, jnp.full(256, mean), jnp.full(256, math.log(std)))
+    p = np.exp(-np.asarray(nll, np.float64))
+    assert p.sum() == pytest.approx(1, abs=1e-4)
+    edges = np.concatenate([[-np.inf], (np.arange(255) + 0.5) / 127.5 - 1, [np.inf]])
+    cdf = np.array([0.5 * (1 + math.erf((e - mean) / std / 2**0.5)) for e in edges])
+    assert p == pytest.approx(np.diff(cdf), abs=5e-4)  # the distribution function is approximated
+    assert np.asarray(nll).max() <= -math.log(1e-12) + 1e-4
+
+
+def test_vlb_term_is_a_divergence_or_a_likelihood_in_bits():
+    tables = schedules.tables(schedules.linear_betas(50))
+    t = jnp.array([0, 1, 30])
+    x0 = jnp.round(jnp.clip(A, -1, 1) * 127.5) / 127.5
+    level = Level(
+        *(jnp.asarray(a, jnp.float32)[t] for a in (tables.sqrt_alphas_cumprod, tables.sqrt_one_minus_alphas_cumprod))
+    )
+    x_t = process.q_sample(x0, B, level)
+    between = process.chain_bridge(tables, t)
+    variance = process.fixed_small(between, x0)
+    perfect = losses.vlb_term(x0, x_t, x0, between, variance, t == 0)
+    assert np.asarray(perfect[1:]) == pytest.approx(0, abs=1e-6)
+    log_std = 0.5 * tables.posterior_log_variance_clipped[0]
+    nll = losses.discretized_gaussian_nll(x0[0], x0[0], jnp.full_like(x0[0], log_std)).mean() / math.log(2)
+    assert float(perfect[0]) == pytest.approx(float(nll), rel=1e-4)
+    # a mean that is off by d costs d^2 / (2 variance) nats
+    off = losses.vlb_term(x0, x_t, x0 + 0.1, between, variance, t == 0)
+    i = 30
+    cost = (tables.posterior_mean_coef1[i] * 0.1) ** 2 / (2 * tables.posterior_variance[i]) / math.log(2)
+    assert float(off[2]) == pytest.approx(cost, rel=1e-3)
+
+
+def test_uncertainty_leaves_the_loss_alone_at_zero():
+    loss = jnp.array([0.5, 2.0])
+    assert (losses.with_log_variance(loss, jnp.zeros(2)) == loss).all()
+    best = losses.with_log_variance(loss, jnp.log(loss))  # the minimum over the log-variance
+    assert np.asarray(best) == pytest.approx(1 + np.log(np.asarray(loss)))
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="c must be positive, got 0"):
+        losses.pseudo_huber(0.0)

@@ -1,0 +1,138 @@
+"""Two tiny methods and an endless batch source: all that the tests of training/ train.
+
+Run as a script it trains the first of them in a folder, for tests that send signals:
+`training_toys.py WORKDIR NUM_STEPS` or `training_toys.py WORKDIR NUM_STEPS slow`.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxdiff.methods.base import Method, Objective
+from jaxdiff.training import ema
+from jaxdiff.training.experiment import Experiment
+
+
+class Points:
+    """Batch n is drawn from a generator seeded with n, so the order of the data is its own number."""
+
+    def __init__(self, batch_size=8, bad_batch=None, delay=0.0):
+        self.batch_size, self.bad_batch, self.delay, self.step = batch_size, bad_batch, delay, 0
+
+    def __next__(self):
+        time.sleep(self.delay)
+        draw = np.random.default_rng(self.step)
+        x = draw.normal(size=(self.batch_size, 3)).astype(np.float32)
+        if self.step == self.bad_batch:
+            x[0, 0] = np.nan
+        self.step += 1
+        return {"x0": x, "target": x @ np.float32([1.0, -2.0, 0.5])}
+
+    def get_state(self):
+        return {"step": self.step}
+
+    def set_state(self, state):
+        self.step = state["step"]
+
+
+def generate(params, aux, key, noise, cond, sampling):
+    del aux, key, cond, sampling
+    return noise * params["model"]["scale"]
+
+
+def regression(noise=0.1, on_trace=lambda: None):
+    """Linear regression with noise on the target; aux follows the mean error."""
+
+    def init(key, batch):
+        weights = jax.random.normal(key, (batch["x0"].shape[1],))
+        return {"model": {"weights": weights, "scale": jnp.ones(())}}, {"error": jnp.zeros(())}
+
+    def loss(params, aux, batch, key, step):
+        del aux, step
+        on_trace()
+        model = params["model"]
+        error = batch["x0"] @ model["weights"] * model["scale"] - batch["target"]
+        error = error + noise * jax.random.normal(key, error.shape)
+        return (error**2).mean(), {"error": error**2, "scale": model["scale"]}
+
+    def advance(aux, params, step, metrics):
+        del params, step
+        return {"error": 0.9 * aux["error"] + 0.1 * metrics["error"].mean()}
+
+    return Method(init, (Objective("model", loss),), generate, advance)
+
+
+def gan(every=1, on_trace=lambda: None):
+    """A discriminator against a generator of shifted normals; the target network is a copy in aux."""
+
+    def init(key, batch):
+        size = batch["x0"].shape[1]
+        model = {"shift": jnp.zeros(size), "scale": jnp.ones(())}
+        disc = {"weights": 0.1 * jax.random.normal(key, (size,))}
+        return {"model": model, "disc": disc}, {"target": model}
+
+    def fake(model, key, like):
+        return model["scale"] * jax.random.normal(key, like.shape) + model["shift"][None]
+
+    def disc_loss(params, aux, batch, key, step):
+        del aux, step
+        on_trace()
+        weights = params["disc"]["weights"]
+        real, made = batch["x0"] @ weights, fake(params["model"], key, batch["x0"]) @ weights
+        return (jax.nn.softplus(-real) + jax.nn.softplus(made)).mean(), {"logits_real": real}
+
+    def model_loss(params, aux, batch, key, step):
+        del step
+        on_trace()
+        made = fake(params["model"], key, batch["x0"])
+        pull = ((params["model"]["shift"] - aux["target"]["shift"]) ** 2).sum()
+        return jax.nn.softplus(-made @ params["disc"]["weights"]).mean() + 0.1 * pull, {}
+
+    def advance(aux, params, step, metrics):
+        del step, metrics
+        return {"target": jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, aux["target"], params["model"])}
+
+    return Method(init, (Objective("disc", disc_loss, every), Objective("model", model_loss)), generate, advance)
+
+
+def experiment(num_steps=6, *, data=Points, **changes):
+    """The regression as an experiment, small in every way."""
+    settings = {
+        "name": "toy",
+        "method": regression(),
+        "data": data,
+        "optimizers": {"model": optax.adam(0.05)},
+        "sample_shape": (3,),
+        "batch_size": 8,
+        "num_steps": num_steps,
+        "ema": (ema.constant("slow", 0.9), ema.half_life("edm", 100)),
+        "checkpoint_every": 2,
+        "log_every": 2,
+        "config": {"lr": 0.05},
+    }
+    return Experiment(**{**settings, **changes})
+
+
+def leaves(state):
+    """{path: NumPy array} with keys as their words, to compare bit for bit."""
+
+    def plain(leaf):
+        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    flat = jax.tree_util.tree_leaves_with_path(jax.tree.map(plain, state))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+
+if __name__ == "__main__":
+    from jaxdiff.training.loop import train
+    from jaxdiff.training.sharding import single_device
+
+    pause = 0.05 if sys.argv[3:] == ["slow"] else 0.0
+    run = experiment(int(sys.argv[2]), data=lambda: Points(delay=pause), checkpoint_every=1000)
+    outcome = train(run, Path(sys.argv[1]), mesh=single_device())
+    print("stopped", outcome.stopped, outcome.step)
