@@ -47,7 +47,7 @@ def build(
     size = 32
     unet = iddpm_unet(32).clone(dtype=jnp.bfloat16 if bf16 else jnp.float32, dropout=dropout)
     if smoke:
-        data, size, num_steps, batch_size, chain_length = "stand-in", 8, 2, 4, 20
+        data, size, num_steps, batch_size, chain_length = "stand-in", 8, 2, 4, 100
         unet = unet.clone(base_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_factors=(2,))
 
     def source(split: str):

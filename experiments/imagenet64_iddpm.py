@@ -44,7 +44,7 @@ def build(
     size, num_classes = 64, 1000 if class_cond else None
     unet = iddpm_unet(64, num_classes=num_classes).clone(dtype=jnp.bfloat16 if bf16 else jnp.float32)
     if smoke:
-        data, size, num_steps, batch_size, chain_length = "stand-in", 8, 2, 4, 20
+        data, size, num_steps, batch_size, chain_length = "stand-in", 8, 2, 4, 100
         unet = unet.clone(base_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_factors=(2,))
 
     def source(split: str):

@@ -76,11 +76,12 @@ def classifier_free(
     def denoise(x_t, t):
         d = both(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]))
         x0_uncond, x0_cond = jnp.split(d.x0, 2)
-        x0 = guided(x0_uncond, x0_cond, guidance_scale)
+        scale = jnp.broadcast_to(jnp.asarray(guidance_scale, x_t.dtype), t.shape)
+        if interval is not None:
+            scale = jnp.where((t >= interval[0]) & (t <= interval[1]), scale, jnp.ones_like(scale))
+        x0 = guided(x0_uncond, x0_cond, scale)
         if not (isinstance(rescale, float | int) and rescale == 0):
             x0 = rescaled(x0, x0_cond, rescale)
-        if interval is not None:
-            x0 = jnp.where(expand((t >= interval[0]) & (t <= interval[1]), x0), x0, x0_cond)
         return Denoised(x0, None if d.variance_out is None else jnp.split(d.variance_out, 2)[1])
 
     return denoise
@@ -126,8 +127,7 @@ def class_gradient(logits: Callable[[Array, Array], Array], labels: Int[Array, "
 
 
 def _per_example(scale, like):
-    scale = jnp.asarray(scale, like.dtype)
-    return expand(jnp.broadcast_to(scale.reshape(-1), like.shape[:1]), like)
+    return expand(jnp.broadcast_to(jnp.asarray(scale, like.dtype), like.shape[:1]), like)
 
 
 def _std(x):

@@ -173,7 +173,7 @@ def respace(num_train_steps: int, sections: str) -> Indices:
         size = num_train_steps // len(counts) + (i < num_train_steps % len(counts))
         if count > size:
             raise ValueError(
-                f'respace: section {i + 1} of "{sections}" has {size} indices, got {count} steps; ask for at most {size}'
+                f'respace: section {i + 1} of "{sections}" has {size} indices, got {count} steps; use at most {size}'
             )
         stride, place = (size - 1) / (count - 1) if count > 1 else 1.0, 0.0
         for _ in range(count):
@@ -184,7 +184,7 @@ def respace(num_train_steps: int, sections: str) -> Indices:
 
 
 def respace_betas(betas: Float64[np.ndarray, " T"], indices: Indices) -> Float64[np.ndarray, " n"]:
-    """The betas of the shorter chain that keeps the levels of `indices`: 1 - alphas_cumprod[i] / alphas_cumprod[before].
+    """The betas of the shorter chain that keeps the levels of `indices`: one minus ratios of alphas_cumprod.
 
     A sampler does not need them, since `process.bridge` takes any two levels; likelihoods of a shorter chain do.
     """

@@ -59,7 +59,7 @@ def test_on_output_weights_the_same_error(meaning):
 
 
 def test_elbo_weight_turns_the_eps_error_into_the_divergence():
-    """KL of two Gaussians with the posterior's variance and means of two eps: (difference of means)^2 / (2 variance)."""
+    """KL of two Gaussians with the posterior's variance: (difference of means)^2 / (2 variance)."""
     t = schedules.tables(BETAS)
     on_eps = BETAS / np.sqrt(1 - t.alphas_cumprod) / np.sqrt(1 - BETAS)  # how the mean moves with eps
     divergence = on_eps[1:] ** 2 / (2 * t.posterior_variance[1:])

@@ -45,7 +45,7 @@ class Loss(enum.Enum):
 
 
 class Chain(NamedTuple):
-    """A discrete chain and a meaning of the network's output, with everything tabulated in float64. Built by `tabulate`.
+    """A discrete chain and a meaning of the network's output, tabulated in float64. Built by `tabulate`.
 
     Attributes:
       schedule: the chain as a schedule, t in [0, T - 1].
@@ -176,7 +176,7 @@ def chain_denoiser(
         denoise = build(cond)
     elif null_label is None or "label" not in cond:
         raise ValueError(
-            f"guidance_scale needs cond['label'] and a null_label, got cond {sorted(cond)} and null_label {null_label}; "
+            f"guidance_scale needs cond['label'] and a null_label, got cond {sorted(cond)}, null_label {null_label}; "
             "train with label_dropout, or leave guidance_scale out"
         )
     else:
@@ -255,7 +255,7 @@ def ddpm(
         else:
             t, importance = times.draw(time_key, aux["history"], x0.shape[0])
         index = t.astype(jnp.int32)
-        if label_dropout:
+        if label_dropout and null_label is not None:
             dropped = jax.random.bernoulli(label_key, label_dropout, cond["label"].shape)
             cond = {"label": jnp.where(dropped, null_label, cond["label"])}
         eps = jax.random.normal(eps_key, x0.shape, x0.dtype)

@@ -69,7 +69,7 @@ def edm_denoiser(
         return build(cond)
     if null_label is None or "label" not in cond:
         raise ValueError(
-            f"guidance_scale needs cond['label'] and a null_label, got cond {sorted(cond)} and null_label {null_label}; "
+            f"guidance_scale needs cond['label'] and a null_label, got cond {sorted(cond)}, null_label {null_label}; "
             "train with label_dropout, or leave guidance_scale out"
         )
     null_cond = cond | {"label": jnp.full_like(cond["label"], null_label)}
@@ -137,7 +137,7 @@ def edm(
                 raise ValueError(f"edm: a batch needs {name!r}, got keys {sorted(batch)}; rename it in the data")
         x0, cond = batch["x0"], {"label": batch["label"]} if "label" in batch else {}
         time_key, eps_key, label_key, network_key = jax.random.split(key, 4)
-        if label_dropout:
+        if label_dropout and null_label is not None:
             dropped = jax.random.bernoulli(label_key, label_dropout, cond["label"].shape)
             cond = {"label": jnp.where(dropped, null_label, cond["label"])}
         t = time_sampler(time_key, x0.shape[0]).astype(x0.dtype)

@@ -3,8 +3,8 @@
 The prediction m (x0 or eps, see `exponential.Form`) is expanded around the current time; its derivatives come from the
 predictions of earlier steps. With a = h / h_1 and D = a (m - m_1), order 2 is
     x_t = on_x x_s - scale (psi_1 m + w D),   w = psi_1 / 2 ("midpoint") or psi_2 ("taylor", "heun"),
-and order 3 adds the second difference. Each step is therefore linear in x, m, m_1, m_2, with coefficients that depend on
-the grid alone: `init` computes them for the whole grid. Order 1 is DDIM. Single-step versions are in
+and order 3 adds the second difference. Each step is therefore linear in x, m, m_1, m_2, with coefficients that depend
+on the grid alone: `init` computes them for the whole grid. Order 1 is DDIM. Single-step versions are in
 `dpm_solver_singlestep`.
 """
 
@@ -17,8 +17,18 @@ from jaxtyping import Array, Float
 from jaxdiff.schedules import Schedule
 from jaxdiff.solvers.base import Solver
 from jaxdiff.solvers.exponential import (
-    DATA_ODE, VARIANTS, Form, check_choice, check_final_order, check_order, earlier, psi, ratio, step_orders, steps_of,
-)  # fmt: skip
+    DATA_ODE,
+    VARIANTS,
+    Form,
+    check_choice,
+    check_final_order,
+    check_order,
+    earlier,
+    psi,
+    ratio,
+    step_orders,
+    steps_of,
+)
 
 
 class Linear(NamedTuple):
@@ -106,7 +116,7 @@ def multistep_linear(
     final_order: int | None,
     second_difference: float,
 ) -> Linear:
-    """The coefficients of `dpm_solver` for a grid. Arguments as there; second_difference is 2 (exact) or 1 (released)."""
+    """The coefficients of `dpm_solver` for a grid. Arguments as there; second_difference: 2 (exact) or 1 (released)."""
     grid = steps_of(schedule, times)
     move = form.move(grid.s, grid.t, grid.h)
     orders = step_orders(grid.h.size, order, final_order)

@@ -1,7 +1,8 @@
 """DPM-Solver-12 and -23: single steps of two orders whose difference sets the step size, in one lax.while_loop.
 
 Not a `Solver`, since it finds its own grid: `integrate_adaptive` goes from one time to another. A batch shares the step
-size, so the samples of a batch depend on each other. The step to clean data is left to the caller: `denoise(x, t_end).x0`.
+size, so the samples of a batch depend on each other. The step to clean data, `denoise(x, t_end).x0`, is left to the
+caller.
 """
 
 from typing import NamedTuple

@@ -17,8 +17,15 @@ from jaxtyping import Array, Float, Float64
 from jaxdiff.schedules import Schedule
 from jaxdiff.solvers.base import Solver
 from jaxdiff.solvers.exponential import (
-    DATA_ODE, VARIANTS, Form, check_choice, check_order, psi, ratio, steps_of,
-)  # fmt: skip
+    DATA_ODE,
+    VARIANTS,
+    Form,
+    check_choice,
+    check_order,
+    psi,
+    ratio,
+    steps_of,
+)
 from jaxdiff.types import Level
 
 
@@ -111,13 +118,14 @@ def dpm_solver_singlestep(
     Raises:
       ValueError: for a stochastic form, an unknown variant, an order outside 1 .. 3, or, when run, another grid length.
 
-    Source: Lu et al. 2022 (arXiv:2206.00927) algorithms 1-2, appendix B; Lu et al. 2022b (arXiv:2211.01095) algorithm 1.
+    Source: Lu et al. 2022 (arXiv:2206.00927) algorithms 1-2 and appendix B; Lu et al. 2022b (arXiv:2211.01095)
+    algorithm 1.
     """
     for order in orders:
         check_order("dpm_solver_singlestep", order)
     check_choice("dpm_solver_singlestep", "variant", variant, VARIANTS)
     if form.stochastic:
-        raise ValueError("dpm_solver_singlestep: got a stochastic form; use DATA_ODE or NOISE_ODE, or the multistep solver")
+        raise ValueError("dpm_solver_singlestep: got a stochastic form; use DATA_ODE or NOISE_ODE, or dpm_solver")
 
     def init(x, times):
         if times.size != sum(orders) + 1:

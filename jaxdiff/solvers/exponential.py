@@ -107,8 +107,8 @@ def steps_of(schedule: Schedule, times: Float[Array, " n"]) -> Steps:
 def psi(z: Float[Array, " n"], count: int) -> tuple[Array, ...]:
     """psi_k(z) = z phi_k(z) for k = 1 .. count: e^z - 1, then each is psi_k / z - 1 / k!.
 
-    For |z| < 1 that recursion loses digits, more for each k; there the last one is a power series and phi_k = z phi_{k+1}
-    + 1 / k! leads back. z = -inf, the step from pure noise, is allowed.
+    For |z| < 1 that recursion loses digits, more for each k; there the last one is a power series, from which
+    phi_k = z phi_{k+1} + 1 / k! leads back. z = -inf, the step from pure noise, is allowed.
     """
     small = jnp.abs(z) < 1
     near, far = jnp.where(small, z, jnp.zeros_like(z)), jnp.where(small, jnp.ones_like(z), z)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxdiff.process import eps_from_x0, q_sample
 from jaxdiff.schedules import Schedule
@@ -123,7 +123,7 @@ def pndm_prk(schedule: Schedule) -> Solver:
     return _staged(schedule, Stages(on_past, last * 1.0, (cycle != 0) * 1.0, weight, starts, starts))
 
 
-def pndm_times(times: Array | np.ndarray | list[float]) -> np.ndarray:
+def pndm_times(times: Float[Array, " n"] | Float[np.ndarray, " n"]) -> np.ndarray:
     """The grid of `pndm`: the second time twice. n times and n - 1 steps become n + 1 times and n calls.
 
     Raises:
@@ -133,7 +133,7 @@ def pndm_times(times: Array | np.ndarray | list[float]) -> np.ndarray:
     return np.concatenate([times[:2], times[1:]])
 
 
-def pndm_prk_times(times: Array | np.ndarray | list[float]) -> np.ndarray:
+def pndm_prk_times(times: Float[Array, " n"] | Float[np.ndarray, " n"]) -> np.ndarray:
     """The grid of `pndm_prk`: between each two of the first four times their middle, twice, and then the second, twice.
 
     Raises:
@@ -146,12 +146,10 @@ def pndm_prk_times(times: Array | np.ndarray | list[float]) -> np.ndarray:
     return np.concatenate([grid, times[3:]])
 
 
-def _grid(name: str, times: Array | np.ndarray | list[float], least: int) -> np.ndarray:
+def _grid(name: str, times: Float[Array, " n"] | Float[np.ndarray, " n"], least: int) -> np.ndarray:
     times = np.asarray(times, np.float64)
-    if times.ndim != 1 or times.size < least:
-        raise ValueError(
-            f"{name}: needs at least {least} times in a list, got shape {times.shape}; use more steps or plms"
-        )
+    if times.size < least:
+        raise ValueError(f"{name}: needs at least {least} times, got {times.size}; use more steps or plms")
     return times
 
 

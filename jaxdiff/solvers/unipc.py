@@ -15,8 +15,16 @@ from jaxtyping import Array, Float
 from jaxdiff.schedules import Schedule
 from jaxdiff.solvers.base import Solver
 from jaxdiff.solvers.exponential import (
-    DATA_ODE, check_choice, check_final_order, check_order, earlier, psi, ratio, step_orders, steps_of,
-)  # fmt: skip
+    DATA_ODE,
+    check_choice,
+    check_final_order,
+    check_order,
+    earlier,
+    psi,
+    ratio,
+    step_orders,
+    steps_of,
+)
 
 
 class PredictorCorrector(NamedTuple):
@@ -32,7 +40,7 @@ class PredictorCorrector(NamedTuple):
 
 
 class UniPCState(NamedTuple):
-    """index: steps made. linear: coefficients. x: the corrected x before the last step. history: [order] predictions."""
+    """index: steps made. linear: coefficients. x: corrected, before the last step. history: the last predictions."""
 
     index: Array
     linear: PredictorCorrector

@@ -146,7 +146,7 @@ def update(
       params: {player: tree} after this step's update.
       step: number of updates finished before this one.
       batch_size: images in this update, over all devices and micro-batches.
-      moving: where it is false, the averages stay as they are, bit for bit; None for true.
+      moving: where it is false, the averages stay as they are; None for true.
 
     Returns:
       The new averages, same structure and dtypes.

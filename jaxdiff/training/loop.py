@@ -72,8 +72,8 @@ def train(
 
     Raises:
       ValueError: if the workdir holds another run, or the data, batch size and mesh do not fit together.
-      FloatingPointError: naming the first step whose loss, gradient or update was not finite. That step changed
-        nothing, and the last checkpoint is from before it.
+      FloatingPointError: naming the first step whose loss or gradient was not finite. That step changed nothing, and
+        the last checkpoint is from before it. Also if parameters are not finite when they are to be saved.
       CheckpointError: if a checkpoint cannot be written, or none of those that are there can be read.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
@@ -129,6 +129,7 @@ def train(
                 for writer in (*writers, progress):
                     writer.write(step, {name: value for name, value in scalars.items() if name != "finite"})
             if save:
+                _check_params(state, step, workdir, last_saved)
                 checkpoints.save(step, state, data=source.get_state(), **about)
                 last_saved = step
             if sample and on_sample is not None:
@@ -205,11 +206,24 @@ def _check_finite(entry: Any, writers: list[logs.MetricWriter], workdir: Path, l
         writer.write(step, scalars)
     names = sorted((name for name in scalars if "/" in name), key=lambda name: not name.endswith("/loss"))
     losses = ", ".join(f"{name}={scalars[name]:.4g}" for name in names)
-    kept = f"the checkpoint of step {last_saved} in {workdir / CHECKPOINTS}" if last_saved else "no checkpoint yet"
     raise FloatingPointError(
-        f"step {step} is not finite and was not applied ({losses}); last good state: {kept}; "
-        "lower the learning rate or clip gradients"
+        f"step {step} is not finite and was not applied ({losses}); {_advice(workdir, last_saved)}"
     )
+
+
+def _check_params(state: TrainState, step: int, workdir: Path, last_saved: int) -> None:
+    """An update can break parameters while loss and gradient are finite; such a state must not become a checkpoint."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        shards = [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
+        if not all(np.isfinite(np.asarray(shard)).all() for shard in shards):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            advice = _advice(workdir, last_saved)
+            raise FloatingPointError(f"parameter {name} is not finite after step {step}, nothing was saved; {advice}")
+
+
+def _advice(workdir: Path, last_saved: int) -> str:
+    kept = f"the checkpoint of step {last_saved} in {workdir / CHECKPOINTS}" if last_saved else "no checkpoint yet"
+    return f"last good state: {kept}; lower the learning rate or clip gradients"
 
 
 def _check_sizes(experiment: Experiment, mesh: Mesh) -> None:

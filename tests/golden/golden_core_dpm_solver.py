@@ -254,7 +254,7 @@ def adaptive(runner, world, form, algorithm, order, x, dtype):
 
 
 def compare_schedules(file, found):
-    """The schedule's functions. The release evaluates 1 - exp(2 log alpha) in float32, which costs lambda 1e-4 at 1/N."""
+    """The schedule's functions. The release has 1 - exp(2 log alpha) in float32, which costs lambda 1e-4 at 1/N."""
     query = np.asarray(file.input("query_t"), np.float64)
     for name, world in found.items():
         with jax.enable_x64(True):
@@ -294,9 +294,7 @@ def compare_wrappers(file, world, x):
         elif kind.startswith("cfg"):
             x0 = guided(world, float(kind.removeprefix("cfg")))(x, t).x0
         else:
-            scale, c = float(kind.removeprefix("classifier")), jnp.array([0.5, -0.5]).reshape(-1, *(1,) * (x.ndim - 1))
-            plain = denoiser.denoiser(lambda p, x, t, c, **_: 0.9 * x, {}, world.schedule, parameterization.eps())
-            x0 = guidance.classifier(plain, world.schedule, lambda x, t: c - x, scale)(x, t).x0
+            x0 = classified(world, float(kind.removeprefix("classifier")))(x, t).x0
         file.compare(key, process.eps_from_x0(x0, x, level), atol=2e-6, rtol=2e-6)
 
 
@@ -310,3 +308,16 @@ def guided(world, scale):
         return denoiser.denoiser(network, {}, world.schedule, parameterization.eps(), cond)
 
     return guidance.classifier_free(build, {"c": jnp.array([0.5, -0.5])}, {"c": jnp.zeros(2)}, scale)
+
+
+def classified(world, scale):
+    """Classifier guidance of the model 0.9 x, log p = -sum((x - c)^2) / 2 with c = 0.5 and -0.5."""
+
+    def network(params, x, t, cond, *, train=False, key=None):
+        return 0.9 * x
+
+    def gradient(x, t):
+        return jnp.array([0.5, -0.5]).reshape(-1, *(1,) * (x.ndim - 1)) - x
+
+    plain = denoiser.denoiser(network, {}, world.schedule, parameterization.eps())
+    return guidance.classifier(plain, world.schedule, gradient, scale)

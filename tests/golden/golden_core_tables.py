@@ -133,7 +133,7 @@ def core_p_mean_variance(file):
     file.compare("q_posterior/mean", channels_first(process.posterior_mean(x0, x_t, between)), atol=1e-6)
     file.compare("q_posterior/variance", full(small.value), rtol=1e-6)
     file.compare("q_posterior/log_variance_clipped", full(small.log), rtol=1e-6)
-    file.compare("prior_bpd", bits_per_dim.prior_bits(tables, x0), rtol=1e-5, atol=1e-9)
+    file.compare("prior_bpd", bits_per_dim.prior_bits(tables, x0), rtol=1e-5, atol=1e-7)
 
     def reverse(mean_type, f, clip):
         skip, out, *_ = (at(a).reshape(-1, 1, 1, 1) for a in chains[mean_type].affine)
@@ -213,7 +213,7 @@ def core_training_losses(file):
                 share = np.concatenate([share] * (f.shape[-1] // x0.shape[-1]), axis=-1)
                 open_to = channels_first(share * np.maximum(np.abs(golden), np.abs(ours)))
                 value = settle(file, key, channels_first(ours), open_to)
-                # learned_range multiplies by log beta - log beta_tilde, in float32 known to 6e-8 and 1e-5 on long chains
+                # learned_range multiplies by log beta - log beta_tilde, which long chains know to 6e-8 only
                 loose = 1e-4 if variance is process.learned_range else 1e-5
                 file.compare(key, value, rtol=2e-5, atol=loose * np.abs(golden).max())
             else:
@@ -248,7 +248,8 @@ def core_bpd(file):
 def core_misc_gd(file):
     t = jnp.asarray(file.input("timestep_embedding/t"))
     for key in file.keys("timestep_embedding/[0-9]*"):
-        file.compare(key, sinusoidal_embedding(t, int(key.split("/")[1])), atol=2e-5)
+        # an angle of 1000 radians is known to 6e-5 in float32
+        file.compare(key, sinusoidal_embedding(t, int(key.split("/")[1])), atol=1e-4)
     length = int(re.search(r"history_per_term=(\d+)", file.meta["source"]).group(1))
     num_steps = file.meta["num_timesteps"]
     with jax.enable_x64(True):

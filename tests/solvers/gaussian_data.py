@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdiff import schedules
 from jaxdiff.types import Denoised, expand
@@ -34,6 +35,20 @@ def path(schedule, x, t, s):
     """Where the probability flow takes x [B] from time t to time s."""
     a, b = (schedule.level(jnp.asarray([time], x.dtype)) for time in (t, s))
     return b.alpha * MEAN + spread(b) / spread(a) * (x - a.alpha * MEAN)
+
+
+def linear_chain(schedule, times, eta, mean, variance):
+    """Mean and variance of x at times[-1], for Gaussian x at times[0] and DDIM's steps, which are linear in x."""
+    alpha, sigma = (np.asarray(a, np.float64) for a in schedule.level(times))
+    for i in range(len(alpha) - 1):
+        gain = alpha[i] * STD**2 / (alpha[i] ** 2 * STD**2 + sigma[i] ** 2)
+        beta = sigma[i] ** 2 - (alpha[i] / alpha[i + 1] * sigma[i + 1]) ** 2
+        fresh = eta**2 * beta * sigma[i + 1] ** 2 / sigma[i] ** 2
+        rest = np.sqrt(sigma[i + 1] ** 2 - fresh) / sigma[i]
+        from_x, from_x0 = rest, alpha[i + 1] - rest * alpha[i]
+        variance = (from_x + from_x0 * gain) ** 2 * variance + fresh
+        mean = from_x * mean + from_x0 * (MEAN + gain * (mean - alpha[i] * MEAN))
+    return mean, variance
 
 
 def even(start, end, n, dtype=jnp.float32):

@@ -1,0 +1,105 @@
+"""Every file of experiments/, in smoke mode, through the same contract. A new experiment is found by itself."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdiff.info import batch_shapes
+from jaxdiff.methods.base import Sampling
+from jaxdiff.settings import load_build, settings_of
+from jaxdiff.training import sharding
+from jaxdiff.training.state import create_state
+from jaxdiff.training.step import make_train_step
+
+FILES = sorted((Path(__file__).parents[1] / "experiments").glob("[!_]*.py"))
+# One experiment for each kind of network; the others differ in numbers, and would only be compiled again.
+ON_FOUR_DEVICES = ("toy_ddpm", "toy_edm", "digits_ddpm")
+
+
+def experiment_of(file):
+    return load_build(file)(smoke=True)
+
+
+def forms(tree):
+    return jax.tree.map(
+        lambda a: (jnp.shape(a), str(jnp.result_type(a)) if not hasattr(a, "dtype") else str(a.dtype)), tree
+    )
+
+
+def start(experiment, mesh):
+    batch = next(experiment.data())
+    state = create_state(experiment.method, experiment.optimizers, experiment.ema, jax.random.key(0), batch, mesh=mesh)
+    step = make_train_step(experiment.method, experiment.optimizers, experiment.ema, accumulate=experiment.accumulate)
+    return state, step
+
+
+@pytest.mark.parametrize("file", FILES, ids=[f.stem for f in FILES])
+def test_experiment_keeps_the_contract(file):
+    experiment = experiment_of(file)
+    assert experiment.name == file.stem
+    assert settings_of(load_build(file))["smoke"] is False
+    mesh = sharding.single_device()
+    source = experiment.data()
+    first = next(source)
+    assert {k: (v.shape, v.dtype) for k, v in first.items()} == {
+        k: (v.shape, v.dtype) for k, v in batch_shapes(experiment).items()
+    }
+    state, step = start(experiment, mesh)
+    before = forms(state)
+    traces = []
+
+    def counted(state, batch):
+        traces.append(1)
+        return step(state, batch)
+
+    run = sharding.jit_train_step(counted, mesh, sharding.state_shardings(state, mesh))
+    for _ in range(3):
+        state, metrics = run(state, sharding.put_batch(next(source), mesh))
+        assert all(np.isfinite(np.asarray(value, np.float64)) for value in metrics.values()), metrics
+    assert len(traces) == 1
+    assert forms(state) == before
+    assert int(state.step) == 3
+    noise = jax.random.normal(jax.random.key(1), (2, *experiment.sample_shape))
+    cond = {} if experiment.num_classes is None else {"label": jnp.zeros([2], jnp.int32)}
+    generate = jax.jit(lambda *args: experiment.method.generate(*args, Sampling(num_steps=2)))
+    samples = generate(state.params, state.aux, jax.random.key(2), noise, cond)
+    assert samples.shape == noise.shape and samples.dtype == noise.dtype
+    assert np.isfinite(samples).all()
+
+
+@pytest.mark.parametrize("file", FILES, ids=[f.stem for f in FILES])
+def test_each_objective_moves_only_its_player(file):
+    experiment = experiment_of(file)
+    batch = batch_shapes(experiment)
+    for objective in experiment.method.objectives:
+        alone = experiment.method._replace(objectives=(objective,))
+        params, aux = jax.eval_shape(alone.init, jax.random.key(0), batch)
+        assert objective.player in params
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        loss, metrics = jax.eval_shape(objective.loss, params, aux, batch, key, jax.ShapeDtypeStruct((), jnp.int32))
+        assert loss.shape == () and loss.dtype == jnp.float32
+        sizes = {value.shape for value in metrics.values()}
+        assert sizes <= {(), (experiment.batch_size,)}, "a metric is a scalar or has one entry an example"
+
+
+@pytest.mark.parametrize("name", ON_FOUR_DEVICES)
+def test_four_devices_agree_with_one(name):
+    experiment = experiment_of(next(f for f in FILES if f.stem == name))
+    experiment = dataclasses.replace(experiment, optimizers={p: optax.sgd(1e-2) for p in experiment.optimizers})
+    losses, params = [], []
+    for mesh in (sharding.single_device(), sharding.make_mesh(data=4)):
+        source = experiment.data()
+        state, step = start(experiment, mesh)
+        run = sharding.jit_train_step(step, mesh, sharding.state_shardings(state, mesh))
+        for _ in range(2):
+            state, metrics = run(state, sharding.put_batch(next(source), mesh))
+        losses.append({k: float(v) for k, v in metrics.items()})
+        params.append(jax.device_get(state.params))
+    for name in losses[0]:
+        np.testing.assert_allclose(losses[1][name], losses[0][name], rtol=1e-4, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *params)
