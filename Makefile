@@ -24,7 +24,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: setup ## train on the embedded images, sample, evaluate: a grid and a table in WORKDIR=runs/quickstart
-	@$(BIN)/jaxdiff quickstart --workdir $(WORKDIR)
+	@$(BIN)/jaxdiff train experiments/digits_ddpm.py --workdir $(WORKDIR)
+	@$(BIN)/jaxdiff compare $(WORKDIR)
 
 test: setup ## the test suite without the slow tests; PYTEST_ARGS= replaces the parallel run
 	@$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -14,8 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff.process import q_sample
 from jaxdiff.schedules import Schedule
-from jaxdiff.solvers.base import Solver
-from jaxdiff.solvers.ddim import level_like
+from jaxdiff.solvers.base import Solver, level_like
 from jaxdiff.types import Level
 
 

@@ -4,6 +4,7 @@ Example i starts from noise that depends on the seed and on i alone, so asking f
 leaves the first ones as they were (up to the noise that stochastic solvers draw on the way).
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -54,19 +55,26 @@ def labels_for(num: int, num_classes: int | None, label: int | None = None) -> n
     """
     if num_classes is None:
         if label is not None:
-            raise ValueError(f"class {label} was asked for, but this experiment has no classes; leave --class out")
+            raise ValueError(f"class {label} was asked for, but this experiment has no classes; leave the class out")
         return None
     if label is None:
         return (np.arange(num) % num_classes).astype(np.int32)
     if not 0 <= label < num_classes:
-        raise ValueError(f"class must be 0 to {num_classes - 1}, got {label}")
+        raise ValueError(f"class must be 0 to {num_classes - 1}, got {label}; leave it out for all classes in turn")
     return np.full(num, label, np.int32)
 
 
-def start_noise(key: Key, first: int, num: int, shape: tuple[int, ...]) -> Array:
+@functools.partial(jax.jit, static_argnames=("num", "shape"))
+def start_noise(key: Key, first: Array, num: int, shape: tuple[int, ...]) -> Array:
     """Unit normal noise [num, *shape] of the examples first .. first + num - 1."""
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(first, first + num))
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(num, dtype=jnp.int32))
     return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+
+
+def whole_batch(num: int, batch_size: int, mesh: Mesh | None = None) -> int:
+    """The examples of one call: at most batch_size and num, rounded up so that the mesh shares them evenly."""
+    parts = 1 if mesh is None else sharding.batch_devices(mesh)
+    return -(-min(num, batch_size) // parts) * parts
 
 
 def batches(
@@ -90,19 +98,22 @@ def batches(
       shape: of one example.
       labels: int32 [num], or None.
       num: how many.
-      batch_size: examples in one call.
+      batch_size: examples in one call, before `whole_batch` fits it to num and mesh.
       seed: of everything drawn.
       dials: guidance and eta.
-      mesh: that the parameters lie on; a batch is split over its devices when they divide it.
+      mesh: that the parameters lie on; batches are split over its devices.
+
+    Raises:
+      FloatingPointError: if a sample is not finite.
     """
     noise_key, solver_key = jax.random.split(jax.random.key(seed))
-    for start in range(0, num, batch_size):
-        rows = np.minimum(np.arange(start, start + batch_size), num - 1)
-        noise = start_noise(noise_key, start, batch_size, shape)
-        cond = {} if labels is None else {"label": jnp.asarray(labels[rows])}
+    size = whole_batch(num, batch_size, mesh)
+    for start in range(0, num, size):
+        noise = start_noise(noise_key, jnp.int32(start), size, shape)
+        cond = {} if labels is None else {"label": jnp.asarray(labels[np.minimum(np.arange(start, start + size), num - 1)])}
         if mesh is not None:
-            even = batch_size % sharding.batch_devices(mesh) == 0
-            place = sharding.batch_sharding(mesh) if even else sharding.replicated(mesh)
-            noise, cond = jax.device_put((noise, cond), place)
-        out = generate(params, aux, jax.random.fold_in(solver_key, start), noise, cond, dials)
-        yield np.asarray(out)[: num - start]
+            noise, cond = jax.device_put((noise, cond), sharding.batch_sharding(mesh))
+        out = np.asarray(generate(params, aux, jax.random.fold_in(solver_key, start), noise, cond, dials))[: num - start]
+        if not np.isfinite(out).all():
+            raise FloatingPointError("samples are not finite; use more steps, another solver or less guidance")
+        yield out

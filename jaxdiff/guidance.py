@@ -2,7 +2,7 @@
 
 Guidance acts on x0, uncond + scale * (cond - uncond). At one (x_t, t) this equals the same formula on eps or v, as
 long as nothing clips in between; clip the result, not the two predictions. A scale of 1 is no guidance (papers that
-write 1 + w mean w = scale - 1). Training the unconditional branch is the method's business.
+write 1 + w mean w = scale - 1). `drop_labels` is what a method does in training to make the unconditional branch.
 """
 
 import difflib
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxdiff.schedules import Schedule
-from jaxdiff.types import Cond, Denoised, Denoiser, expand
+from jaxdiff.types import Cond, Denoised, Denoiser, Key, expand
 
 Gradient = Callable[[Array, Array], Array]
 Scale = float | Float[Array, ""] | Float[Array, " b"]
@@ -85,6 +85,53 @@ def classifier_free(
         return Denoised(x0, None if d.variance_out is None else jnp.split(d.variance_out, 2)[1])
 
     return denoise
+
+
+def label_guided(
+    build_denoiser: Callable[[Cond], Denoiser], cond: Cond, null_label: int | None, guidance_scale: Scale | None
+) -> Denoiser:
+    """`classifier_free` for class labels: the null condition is cond with every label replaced by null_label.
+
+    Args:
+      build_denoiser, guidance_scale: as for `classifier_free`.
+      cond: arrays [B, ...], with "label" int [B] if there is guidance.
+      null_label: label of "no class", or None if the model was trained without.
+
+    Raises:
+      ValueError: for a guidance_scale without a label and null_label.
+    """
+    if guidance_scale is None:
+        return build_denoiser(cond)
+    if null_label is None or "label" not in cond:
+        raise ValueError(
+            f"guidance_scale needs cond['label'] and a null_label, got cond {sorted(cond)}, null_label {null_label}; "
+            "train with label_dropout, or leave guidance_scale out"
+        )
+    null_cond = cond | {"label": jnp.full_like(cond["label"], null_label)}
+    return classifier_free(build_denoiser, cond, null_cond, guidance_scale)
+
+
+def drop_labels(key: Key, cond: Cond, share: float, null_label: int | None) -> Cond:
+    """Replaces a random share of cond["label"] [B] by null_label: how a model learns to do without a condition.
+
+    Source: Ho & Salimans 2022 algorithm 1.
+    """
+    if share == 0 or "label" not in cond:
+        return cond
+    dropped = jax.random.bernoulli(key, share, cond["label"].shape)
+    return cond | {"label": jnp.where(dropped, null_label, cond["label"])}
+
+
+def check_label_dropout(share: float, null_label: int | None) -> None:
+    """Refuses a share that is no probability, or dropout without a label to drop to.
+
+    Raises:
+      ValueError: in either case.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"label_dropout is a probability in [0, 1], got {share}")
+    if share and null_label is None:
+        raise ValueError("label_dropout needs null_label, the index of 'no class' (often the number of classes)")
 
 
 def classifier(denoise: Denoiser, schedule: Schedule, gradient: Gradient, guidance_scale: Scale = 1.0) -> Denoiser:

@@ -58,12 +58,12 @@ def info(experiment: Experiment, mesh: Mapping[str, int] | None = None) -> Info:
 
     Args:
       experiment: any experiment whose batches are x0 and label.
-      mesh: sizes of the axes data, fsdp, tensor; absent ones are 1.
+      mesh: sizes of the axes data, fsdp, tensor; absent ones are 1. These devices need not be there.
 
     Raises:
       ValueError: if the mesh has an unknown axis or does not divide the batch.
     """
-    sizes = {axis: 1 for axis in sharding.AXES} | dict(mesh or {})
+    sizes = dict.fromkeys(sharding.AXES, 1) | dict(mesh or {})
     parts = sizes["data"] * sizes["fsdp"]
     if experiment.batch_size % parts:
         raise ValueError(
@@ -121,14 +121,23 @@ def _bytes(leaf: Any, fsdp: int) -> int:
     return size if sharding.leaf_spec(leaf.shape, fsdp) == PartitionSpec() else size // fsdp
 
 
-def describe(experiment: Experiment, counted: Info) -> str:
-    """The costs as lines of text."""
-    lines = [f"{experiment.name}: batch {experiment.batch_size} of {'x'.join(map(str, experiment.sample_shape))}"]
+def describe(experiment: Experiment, counted: Info, mesh: Mapping[str, int] | None = None) -> str:
+    """The costs as lines of text; `mesh` as it was given to `info`."""
+    shape = "x".join(map(str, experiment.sample_shape))
+    on = ", ".join(f"{axis}={size}" for axis, size in (mesh or {}).items()) or "one device"
+    lines = [f"{experiment.name}: {experiment.batch_size} examples of {shape} a step, on {on}"]
     for player, n in counted.parameters.items():
         lines.append(f"  {player:<12}{n / 1e6:10.3f} M parameters ({n:,})")
-    example = counted.flops / experiment.batch_size
-    lines.append(f"  train step  {counted.flops / 1e9:10.1f} GFLOP ({example / 1e9:.2f} an example)")
-    total = sum(counted.bytes.values())
-    parts = ", ".join(f"{name} {n / 2**20:.1f}" for name, n in counted.bytes.items() if n)
-    lines.append(f"  a device    {total / 2**20:10.1f} MiB ({parts}; activations not counted)")
+    whole, example = _scaled(counted.flops, 1000), _scaled(counted.flops / experiment.batch_size, 1000)
+    lines.append(f"  train step  {whole}FLOP ({example.strip()}FLOP an example; convolutions and matrix products)")
+    parts = ", ".join(f"{name} {_scaled(n, 1024).strip()}B" for name, n in counted.bytes.items() if n)
+    lines.append(f"  a device    {_scaled(sum(counted.bytes.values()), 1024)}B ({parts}; activations not counted)")
     return "\n".join(lines)
+
+
+def _scaled(value: float, base: int) -> str:
+    """A number with a prefix: 1.5e9 as '1.500 G', and 2**20 to the base 1024 as '1.000 Mi'."""
+    for power, prefix in reversed(list(enumerate(" kMGTPE"))):
+        if power and abs(value) >= base**power:
+            return f"{value / base**power:10.3f} {prefix.upper() + 'i' if base == 1024 else prefix}"
+    return f"{value:10.0f} "

@@ -3,9 +3,52 @@
 Images come as float [n, H, W, C] in [-1, 1], with 1 or 3 channels; points as [n, 2].
 """
 
+import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+
+SUFFIXES = (".png", ".npz", "")
+
+
+def drawable(shape: tuple[int, ...]) -> bool:
+    """Whether `picture` can show examples of this shape: [H, W, 1 or 3] or points [2]."""
+    return shape == (2,) or (len(shape) == 3 and shape[-1] in (1, 3))
+
+
+def check_target(path: Path, shape: tuple[int, ...], *, overwrite: bool = False) -> None:
+    """Refuses a name that `save_samples` could not write, before any work is done.
+
+    Args:
+      path: where samples shall go.
+      shape: of one example.
+      overwrite: existing samples may be replaced. A folder must then hold nothing but PNGs of `save_samples`.
+
+    Raises:
+      ValueError: saying what stands in the way.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} ends in {path.suffix!r}; expected .png, .npz or a folder name")
+    if path.suffix == ".png" and not drawable(shape):
+        raise ValueError(f"examples of shape {list(shape)} make no picture {path}; use a name ending in .npz")
+    if path.suffix == "" and (len(shape) != 3 or not drawable(shape)):
+        raise ValueError(f"examples of shape {list(shape)} make no folder of PNGs {path}; use a name ending in .npz")
+    if path.exists() and path.is_dir() != (path.suffix == ""):
+        raise ValueError(f"{path} exists and is a {'folder' if path.is_dir() else 'file'}; choose another name")
+    if path.is_dir():
+        entries = sorted(entry.name for entry in path.iterdir())
+        others = [name for name in entries if not re.fullmatch(r"\d{6}\.png", name)]
+        if entries and not overwrite:
+            raise ValueError(f"{path} exists and is not empty; choose another name or add --overwrite")
+        if others:
+            raise ValueError(f"{path} holds {others[0]}, which is no sample; choose another folder")
+    elif path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; choose another name or add --overwrite")
+    above = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+    if (above != path and not above.is_dir()) or not os.access(above, os.W_OK):
+        raise ValueError(f"{path} cannot be written, since {above} is not a writable folder; choose another place")
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -55,25 +98,43 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def save_samples(path: str | Path, samples: np.ndarray, labels: np.ndarray | None = None) -> None:
+def save_samples(path: str | Path, parts: Iterable[np.ndarray], labels: np.ndarray | None = None) -> int:
     """Writes samples where the name says: `x.png` one grid, `x.npz` all of them, any other name a folder of PNGs.
 
     The .npz holds uint8 images as arr_0 and labels as arr_1, the layout of the ADM evaluation suite; points stay float.
+    A folder is written part by part, so it may hold more images than memory does; its old samples go first.
+
+    Args:
+      path: a name that `check_target` accepts.
+      parts: samples in pieces, each [b, ...].
+      labels: int [n] over all parts, or None.
+
+    Returns:
+      The number of samples.
     """
     path = Path(path)
+    if path.suffix == "":
+        return _save_folder(path, parts)
+    pieces = [to_uint8(part) if part.ndim == 4 and path.suffix == ".npz" else part for part in parts]
+    samples = np.concatenate(pieces)
     if path.suffix == ".png":
         save_png(path, picture(samples))
-    elif path.suffix == ".npz":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = [to_uint8(samples) if samples.ndim == 4 else samples]
-        np.savez(path, *arrays, *([] if labels is None else [labels]))
-    elif path.suffix == "":
-        if samples.ndim != 4:
-            raise ValueError(f"a folder of PNGs needs images [n, H, W, C], got shape {samples.shape}; use a .npz name")
-        path.mkdir(parents=True, exist_ok=True)
-        from PIL import Image
-
-        for i, image in enumerate(to_uint8(samples)):
-            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path / f"{i:06d}.png")
     else:
-        raise ValueError(f"cannot write samples as {path.name}; use a name ending in .png, .npz, or a folder name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, *[samples], *([] if labels is None else [labels]))
+    return len(samples)
+
+
+def _save_folder(path: Path, parts: Iterable[np.ndarray]) -> int:
+    from PIL import Image
+
+    count = 0
+    for part in parts:
+        if not count:  # only now, when there is something in their place
+            path.mkdir(parents=True, exist_ok=True)
+            for old in path.glob("[0-9]" * 6 + ".png"):
+                old.unlink()
+        for image in to_uint8(part):
+            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path / f"{count:06d}.png")
+            count += 1
+    return count

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxdiff.schedules import Tables
@@ -21,6 +22,7 @@ class Bridge(NamedTuple):
     Attributes:
       on_x0, on_x_t: the mean is on_x0 x0 + on_x_t x_t.
       added: variance added from s to t, sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2. A chain's beta_t.
+      log_added: its logarithm.
       variance: of the posterior. 0 when s is clean.
       log_variance: its logarithm, bounded below where the variance is 0.
     """
@@ -28,12 +30,13 @@ class Bridge(NamedTuple):
     on_x0: Array
     on_x_t: Array
     added: Array
+    log_added: Array
     variance: Array
     log_variance: Array
 
 
 class Variance(NamedTuple):
-    """A variance and its logarithm, broadcastable to x. They differ at a clean s, where only the logarithm is bounded."""
+    """A variance and its logarithm, broadcastable to x. At a clean s only the logarithm is bounded."""
 
     value: Array
     log: Array
@@ -77,7 +80,7 @@ def clean_like(level: Level) -> Level:
     return Level(jnp.ones_like(level.alpha), jnp.zeros_like(level.sigma))
 
 
-def bridge(t: Level, s: Level, smallest: float = 1e-20) -> Bridge:
+def bridge(t: Level, s: Level, smallest: float | Float[Array, "..."] = 1e-20) -> Bridge:
     """The posterior's coefficients between any two levels.
 
     Args:
@@ -95,6 +98,7 @@ def bridge(t: Level, s: Level, smallest: float = 1e-20) -> Bridge:
         on_x0=s.alpha * added / t.sigma**2,
         on_x_t=ratio * s.sigma**2 / t.sigma**2,
         added=added,
+        log_added=jnp.log(added),
         variance=variance,
         log_variance=jnp.log(jnp.maximum(variance, smallest)),
     )
@@ -113,6 +117,7 @@ def chain_bridge(tables: Tables, t: Int[Array, " b"], dtype=jnp.float32) -> Brid
         on_x0=at(tables.posterior_mean_coef1),
         on_x_t=at(tables.posterior_mean_coef2),
         added=at(tables.betas),
+        log_added=at(np.log(tables.betas)),
         variance=at(tables.posterior_variance),
         log_variance=at(tables.posterior_log_variance_clipped),
     )
@@ -156,10 +161,10 @@ def fixed_small(between: Bridge, like: Array, variance_out: Array | None = None)
 
 
 def fixed_large(between: Bridge, like: Array, variance_out: Array | None = None) -> Variance:
-    """The added variance, beta: optimal for x0 ~ N(0, 1). The step to clean data has the bounded posterior's instead."""
+    """The added variance, beta: optimal for x0 ~ N(0, 1). The step to clean data has the bounded posterior's."""
     del variance_out
     to_clean = between.variance == 0
-    log = jnp.where(to_clean, between.log_variance, jnp.log(between.added))
+    log = jnp.where(to_clean, between.log_variance, between.log_added)
     value = jnp.where(to_clean, jnp.exp(between.log_variance), between.added)
     return Variance(expand(value, like), expand(log, like))
 
@@ -175,7 +180,7 @@ def learned_range(between: Bridge, like: Array, variance_out: Array | None) -> V
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672) eq. 15.
     """
-    low, high = expand(between.log_variance, like), expand(jnp.log(between.added), like)
+    low, high = expand(between.log_variance, like), expand(between.log_added, like)
     fraction = (variance_out + 1) / 2
     log = fraction * high + (1 - fraction) * low
     return Variance(jnp.exp(log), log)

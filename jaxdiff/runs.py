@@ -8,79 +8,176 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from jaxdiff.settings import UsageError, build_experiment, load_build, settings_of
-from jaxdiff.training.checkpoint import load_weights
+from jaxdiff.settings import UsageError, build_experiment, call_build, first_line, hint, load_build, settings_of
+from jaxdiff.training.checkpoint import CheckpointError, load_weights
 from jaxdiff.training.experiment import Experiment
 from jaxdiff.training.state import Weights
 
 RECORD = "run.json"
+CHECKPOINTS = "checkpoints"
+
+
+class Record(NamedTuple):
+    """What `run.json` holds: the experiment file, its SHA-256 when the run began or went on, and all settings."""
+
+    file: Path
+    sha256: str
+    settings: dict[str, Any]
 
 
 def experiment_from(path: str | Path, pairs: list[str]) -> Experiment:
     """The experiment of a file with `name=value` settings, its config filled in with all settings."""
     experiment, settings = build_experiment(path, pairs)
-    if not isinstance(experiment, Experiment):
-        raise UsageError(f"{Path(path).name}: build(...) returned {type(experiment).__name__}, expected an Experiment")
-    return dataclasses.replace(experiment, config=settings)
+    return _checked(experiment, path, settings)
 
 
 def write_record(workdir: Path, file: str | Path, experiment: Experiment) -> None:
     """Writes `run.json` into a run's folder."""
     source = Path(file).resolve()
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    about = {"file": str(source), "sha256": digest, "settings": dict(experiment.config)}
+    about = {"file": str(source), "sha256": _digest(source), "settings": dict(experiment.config)}
     (workdir / RECORD).write_text(json.dumps(about, indent=2) + "\n")
 
 
-def open_run(workdir: str | Path, file: str | None = None) -> Experiment:
-    """The experiment of a run, rebuilt from its record.
+def read_record(workdir: Path) -> Record:
+    """Reads `run.json` of a run's folder.
+
+    Raises:
+      UsageError: if it is damaged.
+    """
+    path = workdir / RECORD
+    try:
+        about = json.loads(path.read_text())
+        settings = {name: tuple(v) if isinstance(v, list) else v for name, v in dict(about["settings"]).items()}
+        return Record(Path(about["file"]), str(about["sha256"]), settings)
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{path} is damaged, expected JSON with file, sha256 and settings; restore it or use another folder"
+        ) from None
+
+
+def check_workdir(workdir: Path) -> None:
+    """Refuses a folder to train in that is something else: a file, or a folder of other things.
+
+    Raises:
+      UsageError: saying which.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UsageError(f"workdir {workdir} is a file, expected a folder; choose another name")
+    if (workdir / RECORD).is_file():
+        read_record(workdir)
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise UsageError(f"workdir {workdir} is not empty and not a run of jaxdiff; choose another folder")
+
+
+def changed(workdir: Path, file: str | Path) -> str | None:
+    """A sentence if the experiment file is not the one that the run was last trained with, else None."""
+    if not (workdir / RECORD).is_file() or _digest(Path(file)) == read_record(workdir).sha256:
+        return None
+    return f"{file} has changed since {workdir} was last trained; what settings do not say may differ"
+
+
+def source_of(workdir: str | Path, file: str | None = None) -> Path:
+    """The experiment file of a run.
 
     Args:
       workdir: the run's folder.
-      file: an experiment file to use instead of the recorded one, for runs that moved.
+      file: a file to use instead of the recorded one, for runs that moved.
 
     Raises:
       UsageError: if there is no such run, its record is damaged, or its experiment file is missing or unsafe.
     """
     workdir = Path(workdir)
-    record = workdir / RECORD
-    if not record.is_file():
-        what = "is not a run: it has no run.json" if workdir.is_dir() else "does not exist"
-        raise UsageError(f"run folder {workdir} {what}; make one with: jaxdiff train FILE --workdir {workdir}")
-    try:
-        about = json.loads(record.read_text())
-        recorded, settings = Path(about["file"]), dict(about["settings"])
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{record} is damaged; expected JSON with file and settings; train again or restore it") from None
+    if not (workdir / RECORD).is_file():
+        raise UsageError(f"run folder {workdir} {_why_no_run(workdir)}")
+    recorded = read_record(workdir).file
     if file is None and recorded.resolve().is_relative_to(workdir.resolve()):
         raise UsageError(
-            f"{record} names code inside the run folder ({recorded.name}), which is not run unasked; "
+            f"{workdir / RECORD} names code inside the run folder ({recorded.name}), which is not run unasked; "
             f"read it, then name it with --experiment {recorded}"
         )
     source = Path(file) if file else recorded
     if not source.is_file():
         raise UsageError(f"experiment file {source} of run {workdir} is gone; name its new place with --experiment FILE")
-    build = load_build(source)
+    return source
+
+
+def open_run(workdir: str | Path, file: str | None = None) -> Experiment:
+    """The experiment of a run, rebuilt from its record.
+
+    Args and Raises: as `source_of`; also UsageError for a file that does not have the run's settings.
+    """
+    source = source_of(workdir, file)
+    build, settings = load_build(source), read_record(Path(workdir)).settings
     unknown = sorted(set(settings) - set(settings_of(build)))
     if unknown:
         raise UsageError(f"{source.name} has no setting {unknown[0]!r}, which run {workdir} was made with; name its own file")
-    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
-    return dataclasses.replace(build(**settings), config=settings)
+    return _checked(call_build(build, source, settings), source, settings)
 
 
 def weights_of(experiment: Experiment, workdir: str | Path, average: str | None, mesh: Mesh) -> tuple[Any, Any, int, str]:
     """(params, aux, step, name) of a run's newest checkpoint; name says which average the parameters are.
 
-    They lie on `mesh` by the rule of `training/sharding.py`. `average` is an EMA's name, "raw" for the trained parameters, or None for the last EMA of the experiment.
+    They lie on `mesh` by the rule of `training/sharding.py`.
+
+    Args:
+      experiment: of the run.
+      workdir: the run's folder.
+      average: an EMA's name, "raw" for the trained parameters, or None for the last EMA of the experiment.
+      mesh: from `sharding.make_mesh`.
+
+    Raises:
+      UsageError: for an unknown average, and for a checkpoint that is missing, damaged or of another experiment.
     """
-    names = [ema.name for ema in experiment.ema]
-    name = average or (names[-1] if names else "raw")
-    if name != "raw" and name not in names:
-        raise UsageError(f"no EMA is called {name!r}; choose from: {', '.join([*names, 'raw'])}")
-    loaded: tuple[Weights, int] = load_weights(experiment, Path(workdir) / "checkpoints", mesh=mesh)
+    name = average_name(experiment, average)
+    folder = Path(workdir) / CHECKPOINTS
+    if not folder.is_dir() or not any(entry.name.isdecimal() for entry in folder.iterdir()):
+        raise UsageError(f"run {workdir} has no checkpoint yet; train it further: jaxdiff train FILE --workdir {workdir}")
+    try:
+        loaded: tuple[Weights, int] = load_weights(experiment, folder, mesh=mesh)
+    except CheckpointError as error:
+        raise UsageError(f"run {workdir}: {first_line(error)}") from error
     weights, step = loaded
     return weights.select(None if name == "raw" else name), weights.aux, step, name
+
+
+def average_name(experiment: Experiment, average: str | None) -> str:
+    """Which parameters to use: `average` if the experiment has it, by default its last EMA or "raw".
+
+    Raises:
+      UsageError: for an unknown name.
+    """
+    names = [*(ema.name for ema in experiment.ema), "raw"]
+    if average is None:
+        return names[-2] if len(names) > 1 else "raw"
+    if average not in names:
+        raise UsageError(f"experiment {experiment.name} has no EMA {average!r}; {hint(average, names)}")
+    return average
+
+
+def _checked(experiment: Any, path: str | Path, settings: dict[str, Any]) -> Experiment:
+    if not isinstance(experiment, Experiment):
+        raise UsageError(
+            f"{Path(path).name}: build(...) returned {type(experiment).__name__}, expected an Experiment; "
+            "end it with return Experiment(...)"
+        )
+    try:
+        return dataclasses.replace(experiment, config=settings)
+    except ValueError as error:
+        raise UsageError(f"{Path(path).name}: {first_line(error)}") from error
+
+
+def _why_no_run(workdir: Path) -> str:
+    if workdir.is_file():
+        return "is a file, expected the folder of a run"
+    if workdir.is_dir():
+        return f"is not a run: it has no run.json; make one with: jaxdiff train FILE --workdir {workdir}"
+    near = [str(entry.parent) for entry in sorted(workdir.parent.glob(f"*/{RECORD}"))]
+    return f"does not exist; {hint(str(workdir), near) if near else f'train it with: jaxdiff train FILE --workdir {workdir}'}"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

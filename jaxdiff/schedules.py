@@ -66,7 +66,7 @@ def linear_betas(num_steps: int, start: float = 1e-4, end: float = 0.02, *, resc
 
 
 def scaled_linear_betas(num_steps: int, start: float = 0.00085, end: float = 0.012) -> Betas:
-    """Squares of equally spaced square roots: "quad" in DDPM, "linear" in latent diffusion, "scaled_linear" elsewhere."""
+    """Squares of equally spaced roots: "quad" in DDPM, "linear" in latent diffusion, "scaled_linear" elsewhere."""
     return checked(np.linspace(start**0.5, end**0.5, num_steps) ** 2, "scaled_linear_betas")
 
 
@@ -123,7 +123,7 @@ def zero_terminal_snr(betas: Betas) -> Betas:
     return 1 - np.append(cumulative[:1], cumulative[1:] / cumulative[:-1])
 
 
-def truncate(betas: Betas, min_half_log_snr: float = -5.1) -> Betas:
+def truncate(betas: Betas, min_half_log_snr: float = -5.1) -> Float64[np.ndarray, " n"]:
     """Drops the noisiest steps, those with log(alpha / sigma) below the bound; DPM-Solver does so for cosine chains.
 
     The official DPM-Solver then also stretches the network's time by 1000 / len(result) (index 995 of 996 is given to
@@ -244,7 +244,7 @@ def ve(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Schedule:
 
 
 def rectified_flow(shift: float = 1.0, t_min: float = 1e-3) -> Schedule:
-    """Straight lines: alpha = 1 - u, sigma = u with u = shift t / (1 + (shift - 1) t), t in [0, 1]. At t = 1 alpha is 0.
+    """Straight lines: alpha = 1 - u, sigma = u with u = shift t / (1 + (shift - 1) t), t in [0, 1]. alpha(1) = 0.
 
     Source: Liu et al. 2022 (arXiv:2209.03003) eq. 1; Esser et al. 2024 (arXiv:2403.03206) eq. 23 for the shift.
     """

@@ -68,7 +68,7 @@ def _without_labels(source: ArraySource, labelled: bool) -> ArraySource:
 
 
 def in_memory(source: Source, num: int, *, seed: int = 0) -> ArraySource:
-    """Up to `num` examples of a source, drawn without repetition by the seed, as arrays: reference images for metrics."""
+    """Up to `num` examples of a source as arrays, drawn by the seed without repetition: reference images of metrics."""
     rows = np.random.default_rng(seed).permutation(len(source))[:num]
     examples = [normalize(source[int(i)]) for i in rows]
     labels = np.stack([e["label"] for e in examples]) if "label" in examples[0] else None

@@ -19,7 +19,7 @@ from jaxdiff import losses, process, schedules, times
 from jaxdiff import parameterization as parameterizations
 from jaxdiff import weighting as weightings
 from jaxdiff.denoiser import clip_x0, denoiser
-from jaxdiff.guidance import classifier_free
+from jaxdiff.guidance import check_label_dropout, drop_labels, label_guided
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling, keep
 from jaxdiff.parameterization import Affine, Parameterization
 from jaxdiff.schedules import Betas, Schedule, Tables
@@ -172,16 +172,7 @@ def chain_denoiser(
     def build(cond):
         return denoiser(checked, params, schedule, parameterization, cond, learned_variance=variance in LEARNED)
 
-    if guidance_scale is None:
-        denoise = build(cond)
-    elif null_label is None or "label" not in cond:
-        raise ValueError(
-            f"guidance_scale needs cond['label'] and a null_label, got cond {sorted(cond)}, null_label {null_label}; "
-            "train with label_dropout, or leave guidance_scale out"
-        )
-    else:
-        null_cond = cond | {"label": jnp.full_like(cond["label"], null_label)}
-        denoise = classifier_free(build, cond, null_cond, guidance_scale)
+    denoise = label_guided(build, cond, null_label, guidance_scale)
     return denoise if clip is None else clip_x0(denoise, clip)
 
 
@@ -255,9 +246,7 @@ def ddpm(
         else:
             t, importance = times.draw(time_key, aux["history"], x0.shape[0])
         index = t.astype(jnp.int32)
-        if label_dropout and null_label is not None:
-            dropped = jax.random.bernoulli(label_key, label_dropout, cond["label"].shape)
-            cond = {"label": jnp.where(dropped, null_label, cond["label"])}
+        cond = drop_labels(label_key, cond, label_dropout, null_label)
         eps = jax.random.normal(eps_key, x0.shape, x0.dtype)
         level = _level(tabulated.tables, index, x0.dtype)
         x_t = process.q_sample(x0, eps, level)
@@ -314,7 +303,4 @@ def _check(loss, distance, time_sampler, loss_history, label_dropout, null_label
         raise ValueError(f"ddpm: {loss} has no use for a distance; leave it out or use Loss.MSE")
     if time_sampler is not None and loss_history is not None:
         raise ValueError("ddpm: got time_sampler and loss_history, which both draw t; give one of them")
-    if not 0 <= label_dropout <= 1:
-        raise ValueError(f"ddpm: label_dropout is a probability in [0, 1], got {label_dropout}")
-    if label_dropout and null_label is None:
-        raise ValueError("ddpm: label_dropout needs null_label, the index of 'no class' (often the number of classes)")
+    check_label_dropout(label_dropout, null_label)

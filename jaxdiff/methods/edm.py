@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxdiff import parameterization as parameterizations
 from jaxdiff import process, schedules, times, weighting
 from jaxdiff.denoiser import denoiser
-from jaxdiff.guidance import classifier_free
+from jaxdiff.guidance import check_label_dropout, drop_labels, label_guided
 from jaxdiff.losses import mean_flat
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling
 from jaxdiff.parameterization import Parameterization
@@ -65,15 +65,7 @@ def edm_denoiser(
     def build(cond):
         return denoiser(network, params, schedule, parameterization, cond)
 
-    if guidance_scale is None:
-        return build(cond)
-    if null_label is None or "label" not in cond:
-        raise ValueError(
-            f"guidance_scale needs cond['label'] and a null_label, got cond {sorted(cond)}, null_label {null_label}; "
-            "train with label_dropout, or leave guidance_scale out"
-        )
-    null_cond = cond | {"label": jnp.full_like(cond["label"], null_label)}
-    return classifier_free(build, cond, null_cond, guidance_scale)
+    return label_guided(build, cond, null_label, guidance_scale)
 
 
 def edm(
@@ -117,10 +109,7 @@ def edm(
 
     Source: Karras et al. 2022 eq. 8, algorithm 2 and table 1.
     """
-    if not 0 <= label_dropout <= 1:
-        raise ValueError(f"edm: label_dropout is a probability in [0, 1], got {label_dropout}")
-    if label_dropout and null_label is None:
-        raise ValueError("edm: label_dropout needs null_label, the index of 'no class' (often the number of classes)")
+    check_label_dropout(label_dropout, null_label)
     if parameterization is None:
         parameterization = parameterizations.edm(sigma_data)
     schedule = schedules.ve(sigma_min, sigma_max)
@@ -137,9 +126,7 @@ def edm(
                 raise ValueError(f"edm: a batch needs {name!r}, got keys {sorted(batch)}; rename it in the data")
         x0, cond = batch["x0"], {"label": batch["label"]} if "label" in batch else {}
         time_key, eps_key, label_key, network_key = jax.random.split(key, 4)
-        if label_dropout and null_label is not None:
-            dropped = jax.random.bernoulli(label_key, label_dropout, cond["label"].shape)
-            cond = {"label": jnp.where(dropped, null_label, cond["label"])}
+        cond = drop_labels(label_key, cond, label_dropout, null_label)
         t = time_sampler(time_key, x0.shape[0]).astype(x0.dtype)
         level = schedule.level(t)
         x_t = process.q_sample(x0, jax.random.normal(eps_key, x0.shape, x0.dtype), level)

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -91,7 +92,7 @@ def init_params(module: nn.Module, key: Key, *example_inputs: Any) -> Params:
       ValueError: a parameter starts by a plain function, which NumPy cannot execute.
     """
     tree = declared_params(module, *example_inputs)
-    declared = traverse_util.flatten_dict(tree, sep="/", is_leaf=lambda _, a: isinstance(a, Declared))
+    declared: Any = traverse_util.flatten_dict(tree, sep="/", is_leaf=lambda _, a: isinstance(a, Declared))
     words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     if isinstance(words, jax.core.Tracer):
         shapes = {path: leaf.value for path, leaf in declared.items()}
@@ -115,7 +116,8 @@ def as_network(module: nn.Module) -> Network:
         params: Params, x_t: Array, t: Array, cond: Cond, *, train: bool = False, key: Key | None = None
     ) -> Array:
         rngs = None if key is None else {"dropout": key}
-        return module.apply({"params": params}, x_t, t, cond, train=train, rngs=rngs)
+        out: Any = module.apply({"params": params}, x_t, t, cond, train=train, rngs=rngs)
+        return out
 
     return network
 

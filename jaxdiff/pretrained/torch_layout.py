@@ -95,7 +95,7 @@ def import_params(entries: Sequence[Entry], state: Mapping[str, Any], shapes: Pa
     Raises:
       ValueError: tensors are missing, unexpected or wrongly shaped; all of them are named.
     """
-    targets = traverse_util.flatten_dict(shapes, sep="/")
+    targets: Any = traverse_util.flatten_dict(shapes, sep="/")
     _check_entries(entries, targets)
     names = {name for entry in entries for name in entry.names}
     problems = []
@@ -126,7 +126,7 @@ def export_params(entries: Sequence[Entry], params: Params) -> dict[str, np.ndar
     Raises:
       ValueError: the tree is not that of this network.
     """
-    leaves = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    leaves: Any = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     _check_entries(entries, leaves)
     state = {}
     for entry in entries:

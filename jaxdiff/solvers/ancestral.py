@@ -12,8 +12,7 @@ from jaxtyping import Array
 
 from jaxdiff.process import VarianceRule, bridge, clean_like, fixed_small, posterior_mean
 from jaxdiff.schedules import Schedule
-from jaxdiff.solvers.base import Solver
-from jaxdiff.solvers.ddim import level_like
+from jaxdiff.solvers.base import Solver, level_like
 from jaxdiff.types import Denoised, Level
 
 

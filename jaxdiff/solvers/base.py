@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdiff.types import Denoiser, Key
+from jaxdiff.schedules import Schedule
+from jaxdiff.types import Denoiser, Key, Level
 
 State = Any
 
@@ -38,13 +39,19 @@ class Solver(NamedTuple):
     finish: Callable[[Array, State, Array, Array, Denoiser], Array] = last_x0
 
 
+def level_like(schedule: Schedule, t: Float[Array, " b"], x: Array) -> Level:
+    """The level of t in the dtype of x, so that a solver keeps the dtype it was given."""
+    level = schedule.level(t)
+    return Level(level.alpha.astype(x.dtype), level.sigma.astype(x.dtype))
+
+
 def no_state(x: Array, times: Array) -> None:
     """The `init` of a solver without memory."""
     del x, times
 
 
 class Trajectory(NamedTuple):
-    """Every state of a run: x [n - 1, B, ...] after each step and x0 [n - 1, B, ...], the prediction it was made with."""
+    """Every state of a run: x [n - 1, B, ...] after each step, and x0 [n - 1, B, ...], which it was made with."""
 
     x: Array
     x0: Array
@@ -110,8 +117,12 @@ def _scan(solver, denoise, key, x, times, noise, return_trajectory):
         x, state, x0 = solver.step(eps, state, x, jnp.full(batch, t, t.dtype), jnp.full(batch, s, s.dtype), denoise)
         return (x, state), Trajectory(x, x0) if return_trajectory else None
 
+    state = solver.init(x, times)
+    if times.size == 1:  # no step: its body, which may look at neighbours in the grid, is not even traced
+        none = jnp.zeros((0, *x.shape), x.dtype)
+        return x, state, Trajectory(none, none) if return_trajectory else None
     inputs = (jnp.arange(times.size - 1), times[:-1], times[1:])
-    (x, state), trajectory = jax.lax.scan(body, (x, solver.init(x, times)), inputs)
+    (x, state), trajectory = jax.lax.scan(body, (x, state), inputs)
     return x, state, trajectory
 
 

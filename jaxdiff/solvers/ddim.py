@@ -12,14 +12,8 @@ from jaxtyping import Array, Float
 
 from jaxdiff.process import bridge, eps_from_x0, q_sample
 from jaxdiff.schedules import Schedule
-from jaxdiff.solvers.base import Solver, no_state
+from jaxdiff.solvers.base import Solver, level_like, no_state
 from jaxdiff.types import Level, expand
-
-
-def level_like(schedule: Schedule, t: Float[Array, " b"], x: Array) -> Level:
-    """The level of t in the dtype of x, so that a solver keeps the dtype it was given."""
-    level = schedule.level(t)
-    return Level(level.alpha.astype(x.dtype), level.sigma.astype(x.dtype))
 
 
 def eps_weight(t: Level, s: Level) -> Float[Array, " b"]:

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 
 from jaxdiff.process import eps_from_x0, q_sample
 from jaxdiff.schedules import Schedule
-from jaxdiff.solvers.base import Solver, no_state
-from jaxdiff.solvers.ddim import ddim, eps_weight, level_like
+from jaxdiff.solvers.base import Solver, level_like, no_state
+from jaxdiff.solvers.ddim import ddim, eps_weight
 from jaxdiff.types import Level, expand
 
 Scalar = float | Float[Array, ""]

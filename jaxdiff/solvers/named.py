@@ -25,11 +25,13 @@ class NamedSolver(NamedTuple):
       name: what people type.
       make: (schedule, eta, number of times or None) -> Solver. Only DDIM uses eta; only single-step plans the number.
       calls: network calls of `sample` on a grid of n times.
+      takes_eta: whether eta changes anything.
     """
 
     name: str
     make: Callable[[Schedule, Array, int | None], Solver]
     calls: Callable[[int], int]
+    takes_eta: bool = False
 
     def steps(self, calls: int) -> int:
         """The largest number of times whose sampling takes at most this many network calls."""
@@ -53,7 +55,7 @@ def _singlestep(order: int) -> Callable[[Schedule, Array, int | None], Solver]:
     def make(schedule, eta, n):
         del eta
         if n is None:
-            raise ValueError("single-step DPM-Solver plans its steps ahead; give a number of steps")
+            raise ValueError("a single-step DPM-Solver plans its steps ahead; give a number of steps")
         return ddim(schedule) if n < 2 else dpm_solver_singlestep(schedule, singlestep_orders(n - 1, order))
 
     return make
@@ -63,7 +65,7 @@ SOLVERS = {
     solver.name: solver
     for solver in (
         NamedSolver("ancestral", lambda s, eta, n: ancestral(s), one_a_step),
-        NamedSolver("ddim", lambda s, eta, n: ddim(s, eta), one_a_step),
+        NamedSolver("ddim", lambda s, eta, n: ddim(s, eta), one_a_step, takes_eta=True),
         NamedSolver("euler", lambda s, eta, n: euler(s), one_a_step),
         NamedSolver("heun", lambda s, eta, n: heun(s), two_a_step),
         NamedSolver("dpm_2m", lambda s, eta, n: dpm_solver(s, 2, form=NOISE_ODE), one_a_step),

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 
 from jaxdiff.process import eps_from_x0, q_sample
 from jaxdiff.schedules import Schedule
-from jaxdiff.solvers.base import Solver
-from jaxdiff.solvers.ddim import eps_weight, level_like
+from jaxdiff.solvers.base import Solver, level_like
+from jaxdiff.solvers.ddim import eps_weight
 from jaxdiff.types import Level, expand
 
 # weights of the newest eps and of the three before it, for 1 to 4 values known

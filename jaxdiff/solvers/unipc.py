@@ -123,8 +123,11 @@ def predictor_corrector(
 
 
 def _node(distance, h):
-    """distance / h, bounded: an infinitely far point, which is pure noise, gets a weight that vanishes."""
-    return jnp.clip(jnp.where(h == 0, jnp.sign(distance), ratio(distance, h)), -1e4, 1e4)
+    """distance / h, bounded: an infinitely far point, which is pure noise, gets a weight that vanishes.
+
+    Where h is 0 or infinite there is nothing to weight, and any point behind will do.
+    """
+    return jnp.where((h == 0) | jnp.isinf(h), -jnp.ones_like(h), jnp.clip(ratio(distance, h), -1e4, 1e4))
 
 
 def _two(a, b, moments):

@@ -1,12 +1,14 @@
 """`pytest tests/golden --golden-dir DIR` tests exactly the .npz files below DIR and prints one line per topic."""
 
+import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from golden_harness import GoldenFile, topic_of
+from golden_harness import GoldenFile, Outcome, topic_of
 
 HERE = Path(__file__).parent
-RESULTS: dict[str, list[GoldenFile]] = {}
+OUTCOMES: list[Outcome] = []
 
 
 def golden_files(config) -> list[Path]:
@@ -28,28 +30,43 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def golden(golden_path):
     file = GoldenFile(golden_path)
-    RESULTS.setdefault(file.topic, []).append(file)
-    return file
+    yield file
+    OUTCOMES.append(file.outcome())
 
 
-def report(results: dict[str, list[GoldenFile]]) -> list[str]:
+def report(outcomes: list[Outcome]) -> list[str]:
     """A Markdown table, one row per topic: arrays compared and left, largest error and the tolerance it was held to."""
     rows = ["| topic | files | arrays compared | left | largest error | its tolerance | worst share of tolerance |"]
     rows.append("|---|---|---|---|---|---|---|")
-    for name, files in sorted(results.items()):
-        done = [c for f in files for c in f.compared]
-        left = sum(len(f.left) for f in files)
-        if not done:
+    by_topic = defaultdict(list)
+    for outcome in outcomes:
+        by_topic[outcome.topic].append(outcome)
+    for name, files in sorted(by_topic.items()):
+        compared, left = sum(f.compared for f in files), sum(f.left for f in files)
+        if not compared:
             rows.append(f"| {name} | {len(files)} | 0 | {left} | pending | | |")
             continue
-        worst = max(done, key=lambda c: c.error)
-        share = max(c.share for c in done)
-        rows.append(f"| {name} | {len(files)} | {len(done)} | {left} | {worst.error:.2g} | {worst.tolerance} | {share:.2g} |")
+        worst = max(files, key=lambda f: f.error)
+        share = max(f.share for f in files)
+        rows.append(
+            f"| {name} | {len(files)} | {compared} | {left} | {worst.error:.2g} | {worst.tolerance} | {share:.2g} |"
+        )
     return rows
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist: the table is printed by its master
+        session.config.workeroutput["golden"] = json.dumps([tuple(o) for o in OUTCOMES])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    del error
+    OUTCOMES.extend(Outcome(*row) for row in json.loads(getattr(node, "workeroutput", {}).get("golden", "[]")))
+
+
 def pytest_terminal_summary(terminalreporter):
-    if RESULTS:
+    if OUTCOMES:
         terminalreporter.section("golden contract")
-        for row in report(RESULTS):
+        for row in report(OUTCOMES):
             terminalreporter.write_line(row)

@@ -214,8 +214,7 @@ def core_training_losses(file):
                 open_to = channels_first(share * np.maximum(np.abs(golden), np.abs(ours)))
                 value = settle(file, key, channels_first(ours), open_to)
                 # learned_range multiplies by log beta - log beta_tilde, which long chains know to 6e-8 only
-                loose = 1e-4 if variance is process.learned_range else 1e-5
-                file.compare(key, value, rtol=2e-5, atol=loose * np.abs(golden).max())
+                file.compare(key, value, rtol=2e-5, atol=1e-5 * np.abs(golden).max())
             else:
                 value = settle(file, key, names[name], np.where(t == 0, allowed[name], 0))
                 file.compare(key, value, rtol=2e-5, atol=1e-6 * times_t)

@@ -11,6 +11,7 @@ import fnmatch
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,6 +56,17 @@ class Comparison:
     """One array compared: largest absolute error, and largest error as a share of its tolerance."""
 
     key: str
+    error: float
+    tolerance: str
+    share: float
+
+
+class Outcome(NamedTuple):
+    """One file in numbers: arrays compared and left, and the largest error with the tolerance it was held to."""
+
+    topic: str
+    compared: int
+    left: int
     error: float
     tolerance: str
     share: float
@@ -105,6 +117,14 @@ class GoldenFile:
         share = float(np.max(np.divide(error, allowed, out=np.where(error > 0, np.inf, 0.0), where=allowed > 0), initial=0.0))
         tolerance = " + ".join(p for p in (f"{atol:g}" if atol else "", f"{rtol:g} rel" if rtol else "") if p) or "equal"
         self.compared.append(Comparison(key, float(error.max(initial=0.0)), tolerance, share))
+
+    def outcome(self) -> Outcome:
+        """The file's row for the summary."""
+        if not self.compared:
+            return Outcome(self.topic, 0, len(self.left), 0.0, "", 0.0)
+        worst = max(self.compared, key=lambda c: c.error)
+        share = max(c.share for c in self.compared)
+        return Outcome(self.topic, len(self.compared), len(self.left), worst.error, worst.tolerance, share)
 
     def finish(self) -> None:
         """Fails with the worst arrays if any is out of tolerance, or with those that nothing accounted for."""

@@ -17,13 +17,13 @@ from jaxdiff.solvers.base import integrate
 from jaxdiff.solvers.ddim import ddim
 from jaxdiff.solvers.dpm_solver import dpm_solver
 from jaxdiff.solvers.dpm_solver_singlestep import dpm_solver_singlestep
-from jaxdiff.solvers.exponential import DATA_ODE, NOISE_ODE
+from jaxdiff.solvers.exponential import NOISE_ODE
 from jaxdiff.solvers.heun import euler, heun
 from jaxdiff.solvers.unipc import unipc
-from jaxdiff.types import Denoised, expand
+from tests.solvers.gaussian_data import KEY, MEAN, STD, best_denoiser
 
-MEAN, STD = 0.3, 0.7
 NUM_STEPS = (96, 192)
+TOTAL_STEPS = 198
 
 SCHEDULES = {
     "vp_linear": schedules.vp_linear(),
@@ -68,42 +68,37 @@ SOLVERS = {
 }
 
 
-def best_denoiser(schedule):
-    def denoise(x_t, t):
-        alpha, sigma = (expand(a, x_t) for a in schedule.level(t))
-        return Denoised((alpha * STD**2 * x_t + sigma**2 * MEAN) / (alpha**2 * STD**2 + sigma**2))
-
-    return denoise
-
-
 @functools.cache
 def program(name):
-    """(which schedule, x, two grids) -> both results, compiled once for all schedules."""
+    """(which schedule, x, grid) -> result, compiled once for all schedules and both grids."""
     make, _ = SOLVERS[name]
 
-    def run(i, x, grids):
+    def run(i, x, times):
         levels = [s.level for s in SCHEDULES.values()]
         schedule = schedules.Schedule(lambda t: jax.lax.switch(i, levels, t), lambda h: h, 0.0, 1.0)
-        solvers = [make(schedule, t.size - 1) for t in grids]
-        denoise = best_denoiser(schedule)
-        return [integrate(s, denoise, jax.random.key(0), x, t) for s, t in zip(solvers, grids, strict=True)]
+        return integrate(make(schedule, TOTAL_STEPS), best_denoiser(schedule), KEY, x, times)
 
     return jax.jit(run)
+
+
+def grid(schedule, num_steps):
+    """num_steps real steps, then the last time again and again, which moves nothing: one length for all grids."""
+    place = np.minimum(np.arange(TOTAL_STEPS + 1), num_steps) / num_steps
+    return schedule.time(jnp.asarray(3 * place**2))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_solver_converges_at_its_order(solver, schedule):
     with jax.enable_x64(True):
-        levels = SCHEDULES[schedule]
-        grids = [levels.time(jnp.asarray(3 * (np.arange(n + 1) / n) ** 2)) for n in NUM_STEPS]
-        level = levels.level(grids[0])
+        grids = [grid(SCHEDULES[schedule], n) for n in NUM_STEPS]
+        level = SCHEDULES[schedule].level(grids[0])
         a, b = (jax.tree.map(lambda c, i=i: float(c[i]), level) for i in (0, -1))
         before, after = (np.hypot(c.alpha * STD, c.sigma) for c in (a, b))
-        x = a.alpha * MEAN + before * np.linspace(-3.0, 3.0, 33)
+        x = jnp.asarray(a.alpha * MEAN + before * np.linspace(-3.0, 3.0, 33))
         exact = b.alpha * MEAN + after * np.linspace(-3.0, 3.0, 33)
         index = jnp.asarray(list(SCHEDULES).index(schedule), jnp.int32)
-        results = program(solver)(index, jnp.asarray(x), grids)
+        results = [program(solver)(index, x, times) for times in grids]
         assert all(r.dtype == np.float64 for r in results)
     coarse, fine = (np.abs(np.asarray(r) - exact).max() for r in results)
     assert np.log2(coarse / fine) == pytest.approx(SOLVERS[solver][1], abs=0.15)
