@@ -107,7 +107,9 @@ def parser() -> Parser:
     compare = command("compare", "quality against number of network calls, for several solvers", SOLVERS)
     _sampling(compare, num=None, grid=False)
     compare.add_argument("--solvers", metavar="NAMES", help="comma-separated (default: the experiment's)")
-    compare.add_argument("--calls", metavar="NUMBERS", help="of the network, comma-separated (default: the experiment's)")
+    compare.add_argument(
+        "--calls", metavar="NUMBERS", help="of the network, comma-separated (default: the experiment's)"
+    )
 
     _experiment(command("info", "parameters, FLOPs a step, bytes a device; nothing is allocated"))
     return top
@@ -127,10 +129,14 @@ def _sampling(command: Parser, num: int | None, grid: bool = True) -> None:
     if grid:
         command.add_argument("--steps", type=whole(1), metavar="S", help="solver steps (default: the method's)")
         command.add_argument("--solver", metavar="NAME", help="name of a solver (default: the method's)")
-        command.add_argument("--eta", type=number(0, 1), help="noise of ddim, 0 to 1: none to that of ancestral (default: 0)")
+        command.add_argument(
+            "--eta", type=number(0.0, 1.0), help="noise of ddim, 0 to 1: none to that of ancestral (default: 0)"
+        )
     command.add_argument("--guidance", type=number(), metavar="W", help="classifier-free guidance scale; 1 is none")
     command.add_argument("--class", type=whole(0), dest="label", metavar="C", help="one class (default: all in turn)")
-    command.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, metavar="K", help="of all that is drawn (default: 0)")
+    command.add_argument(
+        "--seed", type=whole(0, 2**32 - 1), default=0, metavar="K", help="of all that is drawn (default: 0)"
+    )
     command.add_argument("--batch-size", type=whole(1), default=256, metavar="N", help="samples at once (default: 256)")
     command.add_argument("--ema", metavar="NAME", help="which average to use, or raw (default: the last one)")
     command.add_argument("--experiment", metavar="FILE", help="experiment file, if it has moved")

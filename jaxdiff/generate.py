@@ -27,6 +27,7 @@ class Dials(NamedTuple):
     eta: Array | None = None
 
 
+PLAIN = Dials()
 Generate = Callable[[Players, Aux, Key, Array, Cond, Dials], Array]
 
 
@@ -87,7 +88,7 @@ def batches(
     num: int,
     batch_size: int,
     seed: int = 0,
-    dials: Dials = Dials(),
+    dials: Dials = PLAIN,
     mesh: Mesh | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields `num` samples [b, *shape] in [-1, 1], batch by batch; the last batch is cut, not compiled anew.
@@ -110,10 +111,16 @@ def batches(
     size = whole_batch(num, batch_size, mesh)
     for start in range(0, num, size):
         noise = start_noise(noise_key, jnp.int32(start), size, shape)
-        cond = {} if labels is None else {"label": jnp.asarray(labels[np.minimum(np.arange(start, start + size), num - 1)])}
+        cond = (
+            {}
+            if labels is None
+            else {"label": jnp.asarray(labels[np.minimum(np.arange(start, start + size), num - 1)])}
+        )
         if mesh is not None:
             noise, cond = jax.device_put((noise, cond), sharding.batch_sharding(mesh))
-        out = np.asarray(generate(params, aux, jax.random.fold_in(solver_key, start), noise, cond, dials))[: num - start]
+        out = np.asarray(generate(params, aux, jax.random.fold_in(solver_key, start), noise, cond, dials))[
+            : num - start
+        ]
         if not np.isfinite(out).all():
             raise FloatingPointError("samples are not finite; use more steps, another solver or less guidance")
         yield out

@@ -116,7 +116,7 @@ def drop_labels(key: Key, cond: Cond, share: float, null_label: int | None) -> C
 
     Source: Ho & Salimans 2022 algorithm 1.
     """
-    if share == 0 or "label" not in cond:
+    if share == 0 or null_label is None or "label" not in cond:
         return cond
     dropped = jax.random.bernoulli(key, share, cond["label"].shape)
     return cond | {"label": jnp.where(dropped, null_label, cond["label"])}

@@ -64,16 +64,19 @@ def info(experiment: Experiment, mesh: Mapping[str, int] | None = None) -> Info:
       ValueError: if the mesh has an unknown axis or does not divide the batch.
     """
     sizes = dict.fromkeys(sharding.AXES, 1) | dict(mesh or {})
+    for axis, size in sizes.items():
+        if axis not in sharding.AXES or size < 1:
+            raise ValueError(f"a mesh has the axes {', '.join(sharding.AXES)} of size 1 or more, got {axis}={size}")
     parts = sizes["data"] * sizes["fsdp"]
-    if experiment.batch_size % parts:
+    micro = experiment.batch_size // experiment.accumulate
+    if micro % parts:
         raise ValueError(
-            f"batch_size {experiment.batch_size} does not divide among data x fsdp = {parts} devices; change one of them"
+            f"batch_size / accumulate is {micro}, which does not divide among data x fsdp = {parts} devices; "
+            "change one of them"
         )
     batch = batch_shapes(experiment)
     state = state_shapes(experiment, batch)
-    step = make_train_step(
-        experiment.method, experiment.optimizers, experiment.ema, accumulate=experiment.accumulate
-    )
+    step = make_train_step(experiment.method, experiment.optimizers, experiment.ema, accumulate=experiment.accumulate)
     parameters = {p: sum(int(np.prod(a.shape)) for a in jax.tree.leaves(t)) for p, t in state.params.items()}
     trees = {"parameters": state.params, "optimiser": state.opt_state, "averages": state.ema, "other": state.aux}
     per_device = {name: sum(_bytes(a, sizes["fsdp"]) for a in jax.tree.leaves(t)) for name, t in trees.items()}
@@ -129,8 +132,8 @@ def describe(experiment: Experiment, counted: Info, mesh: Mapping[str, int] | No
     for player, n in counted.parameters.items():
         lines.append(f"  {player:<12}{n / 1e6:10.3f} M parameters ({n:,})")
     whole, example = _scaled(counted.flops, 1000), _scaled(counted.flops / experiment.batch_size, 1000)
-    lines.append(f"  train step  {whole}FLOP ({example.strip()}FLOP an example; convolutions and matrix products)")
-    parts = ", ".join(f"{name} {_scaled(n, 1024).strip()}B" for name, n in counted.bytes.items() if n)
+    lines.append(f"  train step  {whole}FLOP ({example.lstrip()}FLOP an example; convolutions and matrix products)")
+    parts = ", ".join(f"{name} {_scaled(n, 1024).lstrip()}B" for name, n in counted.bytes.items() if n)
     lines.append(f"  a device    {_scaled(sum(counted.bytes.values()), 1024)}B ({parts}; activations not counted)")
     return "\n".join(lines)
 

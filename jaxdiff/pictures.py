@@ -31,10 +31,9 @@ def check_target(path: Path, shape: tuple[int, ...], *, overwrite: bool = False)
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} ends in {path.suffix!r}; expected .png, .npz or a folder name")
-    if path.suffix == ".png" and not drawable(shape):
-        raise ValueError(f"examples of shape {list(shape)} make no picture {path}; use a name ending in .npz")
-    if path.suffix == "" and (len(shape) != 3 or not drawable(shape)):
-        raise ValueError(f"examples of shape {list(shape)} make no folder of PNGs {path}; use a name ending in .npz")
+    if path.suffix != ".npz" and (not drawable(shape) or (path.suffix == "" and len(shape) != 3)):
+        takes = "a grid takes images or points [2]" if path.suffix else "a folder takes images"
+        raise ValueError(f"{path} cannot hold examples of shape {list(shape)}, {takes}; use a name ending in .npz")
     if path.exists() and path.is_dir() != (path.suffix == ""):
         raise ValueError(f"{path} exists and is a {'folder' if path.is_dir() else 'file'}; choose another name")
     if path.is_dir():

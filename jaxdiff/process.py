@@ -172,7 +172,8 @@ def fixed_large(between: Bridge, like: Array, variance_out: Array | None = None)
 def learned(between: Bridge, like: Array, variance_out: Array | None) -> Variance:
     """The network's output is the log-variance itself."""
     del between, like
-    return Variance(jnp.exp(variance_out), variance_out)
+    log = _required(variance_out)
+    return Variance(jnp.exp(log), log)
 
 
 def learned_range(between: Bridge, like: Array, variance_out: Array | None) -> Variance:
@@ -181,6 +182,14 @@ def learned_range(between: Bridge, like: Array, variance_out: Array | None) -> V
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672) eq. 15.
     """
     low, high = expand(between.log_variance, like), expand(between.log_added, like)
-    fraction = (variance_out + 1) / 2
+    fraction = (_required(variance_out) + 1) / 2
     log = fraction * high + (1 - fraction) * low
     return Variance(jnp.exp(log), log)
+
+
+def _required(variance_out: Array | None) -> Array:
+    if variance_out is None:
+        raise ValueError(
+            "a learned variance needs the network's variance channels, got none; pass learned_variance=True"
+        )
+    return variance_out

@@ -101,7 +101,9 @@ def source_of(workdir: str | Path, file: str | None = None) -> Path:
         )
     source = Path(file) if file else recorded
     if not source.is_file():
-        raise UsageError(f"experiment file {source} of run {workdir} is gone; name its new place with --experiment FILE")
+        raise UsageError(
+            f"experiment file {source} of run {workdir} is gone; name its new place with --experiment FILE"
+        )
     return source
 
 
@@ -114,11 +116,15 @@ def open_run(workdir: str | Path, file: str | None = None) -> Experiment:
     build, settings = load_build(source), read_record(Path(workdir)).settings
     unknown = sorted(set(settings) - set(settings_of(build)))
     if unknown:
-        raise UsageError(f"{source.name} has no setting {unknown[0]!r}, which run {workdir} was made with; name its own file")
+        raise UsageError(
+            f"{source.name} has no setting {unknown[0]!r}, which run {workdir} was made with; name its own file"
+        )
     return _checked(call_build(build, source, settings), source, settings)
 
 
-def weights_of(experiment: Experiment, workdir: str | Path, average: str | None, mesh: Mesh) -> tuple[Any, Any, int, str]:
+def weights_of(
+    experiment: Experiment, workdir: str | Path, average: str | None, mesh: Mesh
+) -> tuple[Any, Any, int, str]:
     """(params, aux, step, name) of a run's newest checkpoint; name says which average the parameters are.
 
     They lie on `mesh` by the rule of `training/sharding.py`.
@@ -135,7 +141,9 @@ def weights_of(experiment: Experiment, workdir: str | Path, average: str | None,
     name = average_name(experiment, average)
     folder = Path(workdir) / CHECKPOINTS
     if not folder.is_dir() or not any(entry.name.isdecimal() for entry in folder.iterdir()):
-        raise UsageError(f"run {workdir} has no checkpoint yet; train it further: jaxdiff train FILE --workdir {workdir}")
+        raise UsageError(
+            f"run {workdir} has no checkpoint yet; train it further: jaxdiff train FILE --workdir {workdir}"
+        )
     try:
         loaded: tuple[Weights, int] = load_weights(experiment, folder, mesh=mesh)
     except CheckpointError as error:
@@ -176,7 +184,8 @@ def _why_no_run(workdir: Path) -> str:
     if workdir.is_dir():
         return f"is not a run: it has no run.json; make one with: jaxdiff train FILE --workdir {workdir}"
     near = [str(entry.parent) for entry in sorted(workdir.parent.glob(f"*/{RECORD}"))]
-    return f"does not exist; {hint(str(workdir), near) if near else f'train it with: jaxdiff train FILE --workdir {workdir}'}"
+    remedy = hint(str(workdir), near) if near else f"train it with: jaxdiff train FILE --workdir {workdir}"
+    return f"does not exist; {remedy}"
 
 
 def _digest(path: Path) -> str:

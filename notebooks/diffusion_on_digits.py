@@ -73,14 +73,16 @@ print(jax.devices())
 size = "smoke" if os.environ.get("JAXDIFF_SMOKE") == "1" else jax.default_backend()
 chain_length, widths, batch_size, num_steps, num_samples, calls = {
     "smoke": (16, (8,), 8, 6, 40, (3, 1)),
-    "cpu": (256, (16, 32), 64, 3000, 1000, (50, 20, 10, 5, 1)),
+    "cpu": (256, (16, 32), 64, 2000, 500, (50, 20, 10, 5, 1)),
 }.get(size, (256, (32, 64), 128, 4000, 1000, (50, 20, 10, 5, 1)))
 
 # %% [markdown]
 # ## 1. Schedules
 #
 # A level of noise is a pair $(\alpha, \sigma)$, and noisy data are
+#
 # $$x_t = \alpha_t\, x_0 + \sigma_t\, \epsilon, \qquad \epsilon \sim \mathcal N(0, I).$$
+#
 # A `Schedule` maps a time to a level, and nothing else in the library knows what a time is: q-sample, posteriors and
 # solvers see levels. What a schedule does to the data is in $\log \mathrm{SNR} = 2 \log(\alpha_t / \sigma_t)$.
 
@@ -131,9 +133,14 @@ plt.show()
 # %% [markdown]
 # ## 3. Train
 #
-# The network predicts $v = \alpha\,\epsilon - \sigma\, x_0$ (Salimans & Ho 2022), and the loss is its mean squared error
-# at a uniformly drawn step of the chain,
-# $$L = \mathbb E_{x_0, \epsilon, t}\, \lVert v_\theta(x_t, t, y) - v \rVert^2, \qquad \hat x_0 = \alpha\, x_t - \sigma\, v_\theta .$$
+# The network predicts $v = \alpha\,\epsilon - \sigma\, x_0$ (Salimans & Ho 2022). The loss is its mean squared error at
+# a uniformly drawn step of the chain, and $\alpha^2 + \sigma^2 = 1$ gives $x_0$ back:
+#
+# $$
+# L = \mathbb E_{x_0, \epsilon, t}\, \lVert v_\theta(x_t, t, y) - v \rVert^2, \qquad
+# \hat x_0 = \alpha\, x_t - \sigma\, v_\theta(x_t, t, y).
+# $$
+#
 # Unlike $\hat\epsilon$, it says something about $x_0$ at pure noise, so few-step samplers can start there. One label in
 # ten is replaced by "no class" (label 10), for the guidance of section 6.
 
@@ -240,12 +247,16 @@ plt.show()
 # %% [markdown]
 # ## 5. Fewer network calls
 #
-# The same model, other solvers, no training. Each is a function of the schedule and works between any two levels, so a
-# shorter grid of times is all that fewer steps need.
+# The same model, other solvers, no training. Each is a function of the schedule and works between any two levels, so
+# fewer steps only need a shorter grid of times, and a grid is an argument of the compiled sampler.
 #
 # * **DDIM**: $x_s = \alpha_s \hat x_0 + \sigma_s \hat\epsilon$. Order 1, one call a step.
 # * **DPM-Solver++ 2M**: extrapolates $\hat x_0$ from the last two steps. Order 2, one call a step.
-# * **Heun**: averages the slopes at both ends of a step. Order 2, two calls a step, $2n - 1$ calls for $n$ times.
+# * **Heun**: averages the slopes $d x / d(\sigma / \alpha)$ at both ends of a step. Order 2, two calls a step, $2n - 1$
+#   calls for $n$ times.
+#
+# Where the times lie matters as much as the solver. `times.evenly` takes every k-th step of the chain. Heun's method
+# was made for the grid of Karras et al. (2022), equally spaced in $(\sigma / \alpha)^{1/7}$; here it gets both.
 #
 # Quality is the Frechet distance to the held-out digits in the features of a small classifier that comes with the
 # library. It has nothing in common with published Inception distances. The *floor* is what real training images score
@@ -264,19 +275,36 @@ def score(samples):
     return {name: result.value for name, result in results.items()}
 
 
-def sampler(make_solver, num_times):
-    sampling = Sampling(num_steps=num_times, solver=make_solver)
-    return jax.jit(lambda params, key, noise, label: method.generate(params, {}, key, noise, {"label": label}, sampling))
+def sampler(make_solver):
+    def draw(params, key, noise, label, grid):
+        sampling = Sampling(solver=make_solver, times=grid)
+        return method.generate(params, {}, key, noise, {"label": label}, sampling)
+
+    return jax.jit(draw)
+
+
+def even(n):
+    return times.evenly(chain_length, n)
+
+
+def karras(n):
+    return times.karras_times(schedule, n)
 
 
 # %%
-solvers = {"DDIM": ddim, "DPM-Solver++ 2M": dpm_solver, "Heun": heun}
+draw_ddim, draw_dpm, draw_heun = sampler(ddim), sampler(dpm_solver), sampler(heun)
+runs = {
+    "DDIM": (draw_ddim, even, lambda calls: calls),
+    "DPM-Solver++ 2M": (draw_dpm, even, lambda calls: calls),
+    "Heun, Karras grid": (draw_heun, karras, lambda calls: (calls + 1) // 2),
+    "Heun, even grid": (draw_heun, even, lambda calls: (calls + 1) // 2),
+}
 drawn, rows = {}, []
-for name, make_solver in solvers.items():
+for name, (draw, make_grid, num_times) in runs.items():
     for most in calls:
-        num_times = (most + 1) // 2 if name == "Heun" else most
-        used = 2 * num_times - 1 if name == "Heun" else num_times
-        drawn[name, most] = sampler(make_solver, num_times)(params, jax.random.key(4), noise, labels)
+        grid = make_grid(num_times(most)).astype(np.float32)
+        drawn[name, most] = draw(params, jax.random.key(4), noise, labels, grid)
+        used = 2 * grid.size - 1 if draw is draw_heun else grid.size
         rows.append({"sampler": name, "calls": used, **score(drawn[name, most])})
 reference_rows = [
     {"sampler": "real training images", "calls": 0, **{name: floor[name].value for name in wanted}},
@@ -285,19 +313,21 @@ reference_rows = [
 print(table(reference_rows + rows))
 
 # %%
-figure, axes = plt.subplots(1, len(solvers), figsize=(12, 2.6), layout="constrained")
-for axis, name in zip(axes, solvers, strict=True):
+figure, axes = plt.subplots(1, len(runs), figsize=(12, 2.2), layout="constrained")
+for axis, name in zip(axes, runs, strict=True):
     strips = np.concatenate([np.asarray(drawn[name, most][:10]) for most in calls])
     axis.imshow(pictures.grid(strips, columns=10))
-    axis.set(title=name, xticks=[], yticks=[])
-axes[0].set_ylabel("calls: " + ", ".join(map(str, reversed(calls))))
+    middles = (np.arange(len(calls)) + 0.5) * axis.get_ylim()[0] / len(calls)
+    axis.set(title=name, xticks=[], yticks=middles, yticklabels=calls)
+    axis.tick_params(length=0)
+axes[0].set_ylabel("network calls")
 plt.show()
 
 # %%
 plt.figure(figsize=(7, 3.6), layout="constrained")
-for name in solvers:
+for name in runs:
     points = [(row["calls"], row["frechet"]) for row in rows if row["sampler"] == name]
-    plt.loglog(*zip(*points, strict=True), "o-", label=name)
+    plt.loglog(*zip(*points, strict=True), "o:" if name == "Heun, even grid" else "o-", label=name)
 plt.axhline(reference_rows[1]["frechet"], color="0.5", linestyle=":", label=f"ancestral, {chain_length} calls")
 plt.axhline(floor["frechet"].value, color="k", linestyle="--", label="floor: real images")
 plt.gca().set(xlabel="network calls", ylabel="Frechet distance", xticks=calls, xticklabels=calls)

@@ -55,7 +55,7 @@ def _singlestep(order: int) -> Callable[[Schedule, Array, int | None], Solver]:
     def make(schedule, eta, n):
         del eta
         if n is None:
-            raise ValueError("a single-step DPM-Solver plans its steps ahead; give a number of steps")
+            raise ValueError("a single-step DPM-Solver plans its steps ahead; give their number with --steps")
         return ddim(schedule) if n < 2 else dpm_solver_singlestep(schedule, singlestep_orders(n - 1, order))
 
     return make

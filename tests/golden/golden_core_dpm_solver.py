@@ -199,7 +199,9 @@ def dpm_solver_topic(file):
             compare_extras(file, runner, world, f"{name}/{algorithm}", FORMS[algorithm], x)
         for key in file.keys(f"{name}/timesteps/*"):
             skip, n = key.split("/")[2:]
-            file.compare(key, world.grid(skip, 1.0, world.end, int(n) + 1), atol=2e-5)
+            # where lambda at 1/N is off by 6e-8 / sigma^2, so is this share of it in the times: |d lambda / dt| > 5
+            atol = 2e-5 + 0.2 * 6e-8 / float(1 - np.exp(2 * file.arrays[f"f64/ns/{name}/log_mean_coeff"]).max())
+            file.compare(key, world.grid(skip, 1.0, world.end, int(n) + 1), atol=atol)
     compare_wrappers(file, found["discrete"], x)
     images = file.input("dynthresh/in")
     for key in file.keys("dynthresh/out_*"):
@@ -254,7 +256,7 @@ def adaptive(runner, world, form, algorithm, order, x, dtype):
 
 
 def compare_schedules(file, found):
-    """The schedule's functions. The release has 1 - exp(2 log alpha) in float32, which costs lambda 1e-4 at 1/N."""
+    """The schedule's functions. The release has sigma^2 = 1 - exp(2 log alpha) in float32: wrong by 6e-8 or two."""
     query = np.asarray(file.input("query_t"), np.float64)
     for name, world in found.items():
         with jax.enable_x64(True):
@@ -262,11 +264,12 @@ def compare_schedules(file, found):
             level = world.schedule.level(t)
             half_log_snr = process.half_log_snr(level)
             back = world.official(world.schedule.time(half_log_snr))
+        lowest = np.asarray(level.sigma).min()
         file.compare(f"f64/ns/{name}/log_mean_coeff", np.log(level.alpha), atol=1e-12, rtol=1e-9)
         file.compare(f"f64/ns/{name}/lambda", half_log_snr, atol=1e-9, rtol=1e-9)
         file.compare(f"ns/{name}/log_mean_coeff", np.log(level.alpha), atol=2e-7, rtol=2e-6)
-        file.compare(f"ns/{name}/std", level.sigma, atol=2e-6)
-        file.compare(f"ns/{name}/lambda", half_log_snr, atol=2e-4, rtol=1e-5)
+        file.compare(f"ns/{name}/std", level.sigma, atol=6e-8 / lowest)
+        file.compare(f"ns/{name}/lambda", half_log_snr, atol=6e-8 / lowest**2, rtol=1e-5)
         file.compare(f"ns/{name}/inverse_lambda_of_lambda", back, atol=2e-6)
         file.compare(f"ns/{name}/total_N", round(1 / world.official(world.schedule.t_min)))
 

@@ -114,8 +114,11 @@ class GoldenFile:
             error = np.where(same, 0.0, np.abs(value - golden))
         allowed = atol + rtol * np.where(np.isfinite(golden), np.abs(golden), 0.0)
         error = np.where(np.isnan(error), np.inf, error)
-        share = float(np.max(np.divide(error, allowed, out=np.where(error > 0, np.inf, 0.0), where=allowed > 0), initial=0.0))
-        tolerance = " + ".join(p for p in (f"{atol:g}" if atol else "", f"{rtol:g} rel" if rtol else "") if p) or "equal"
+        shares = np.divide(error, allowed, out=np.where(error > 0, np.inf, 0.0), where=allowed > 0)
+        share = float(np.max(shares, initial=0.0))
+        tolerance = (
+            " + ".join(p for p in (f"{atol:g}" if atol else "", f"{rtol:g} rel" if rtol else "") if p) or "equal"
+        )
         self.compared.append(Comparison(key, float(error.max(initial=0.0)), tolerance, share))
 
     def outcome(self) -> Outcome:

@@ -80,7 +80,7 @@ def test_the_second_difference_makes_order_3_exact_for_quadratic_predictions():
         ts = jnp.asarray(times.uniform_log_snr(VP, 4) + np.array([0, 0.01, 0, 0]))
         level = jax.tree.map(np.asarray, VP.level(ts))
         solver = dpm_solver(VP, 3)
-        linear = jax.tree.map(np.asarray, solver.init(jnp.zeros(1), ts).linear)
+        linear = jax.tree.map(np.asarray, jax.jit(solver.init)(jnp.zeros(1), ts).linear)
         m = x0(level)
         got = linear.on_x[2] * 1.5 + linear.on_m[2] @ m[[2, 1, 0]]
     half = np.log(level.alpha) - np.log(level.sigma)
@@ -172,7 +172,7 @@ def test_sde_keeps_the_marginal(form, variant):
 def test_sde_step_adds_the_noise_of_the_exact_transition(form):
     """From x0 known, order 1 draws from the posterior q(x_s | x_t, x0): its mean and variance, exactly."""
     t, s = VP.level(jnp.array([0.7])), VP.level(jnp.array([0.4]))
-    linear = dpm_solver(VP, 1, form=form).init(jnp.zeros(1), jnp.array([0.7, 0.4])).linear
+    linear = jax.jit(dpm_solver(VP, 1, form=form).init)(jnp.zeros(1), jnp.array([0.7, 0.4])).linear
     ratio = t.alpha / s.alpha
     added = t.sigma**2 - ratio**2 * s.sigma**2
     if form is DATA_SDE:
