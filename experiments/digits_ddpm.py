@@ -22,13 +22,13 @@ from jaxdiff.training.experiment import Experiment
 
 def build(
     *,
-    num_steps: int = 3000,
+    num_steps: int = 5000,
     batch_size: int = 64,
     lr: float = 2e-3,
     width: int = 16,
     chain_length: int = 256,
     label_dropout: float = 0.1,
-    ema_decay: float = 0.995,
+    ema_decay: float = 0.999,
     bf16: bool = False,
     seed: int = 0,
     log_every: int = 100,
@@ -80,7 +80,8 @@ def build(
             extractor=digits_extractor,
             held_out=lambda: digits("held_out"),
             train=lambda: digits("train"),
-            num=40 if smoke else 1024,
+            num=40 if smoke else 720,
+            solvers=("ancestral", "ddim", "dpmpp_2m", "unipc"),
             calls=(chain_length, 50, 20, 10, 1) if not smoke else (4, 1),
         ),
     )

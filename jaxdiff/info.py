@@ -86,7 +86,7 @@ def info(experiment: Experiment, mesh: Mapping[str, int] | None = None) -> Info:
 
 def count_flops(jaxpr: Any) -> float:
     """FLOPs of the convolutions and matrix products of a jaxpr, loops multiplied out where their length is known."""
-    return sum(_flops(equation) for equation in jaxpr.eqns)
+    return sum((_flops(equation) for equation in jaxpr.eqns), 0.0)
 
 
 def _flops(equation: Any) -> float:

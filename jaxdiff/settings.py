@@ -12,6 +12,7 @@ import math
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -249,7 +250,8 @@ def build_experiment(path: str | Path, pairs: Iterable[str] = ()) -> tuple[Any, 
 def call_build(build: Build, path: str | Path, settings: dict[str, Any]) -> Any:
     """`build(**settings)`, with whatever it raises as a UsageError that names the file."""
     try:
-        return build(**settings)
+        with warnings.catch_warnings(record=True) as caught:
+            experiment = build(**settings)
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(f"{Path(path).name}: {first_line(error)}") from error
     except (Exception, SystemExit) as error:
@@ -257,6 +259,9 @@ def call_build(build: Build, path: str | Path, settings: dict[str, Any]) -> Any:
             f"{Path(path).name}: build(...) failed with {type(error).__name__}: {first_line(error)}; "
             "mend the file or its settings"
         ) from error
+    for warning in caught:  # what led to a refusal is in its message; NumPy's warnings would only stand before it
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return experiment
 
 
 def first_line(error: BaseException) -> str:

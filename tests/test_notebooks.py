@@ -68,8 +68,8 @@ def test_diffusion_on_digits_runs(tmp_path):
     assert "5 settings, traced 1 time(s)" in text
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
     numbers = [float(cell) for row in rows for cell in row if re.fullmatch(r"\s*-?[\d.]+(e[+-]\d+)?\s*", cell)]
-    # two tables: 8 samplers with calls and two metrics, 5 settings with guidance, eta and two metrics
-    assert len(numbers) == 8 * 3 + 5 * 4
+    # two tables: 10 samplers with calls and two metrics, 5 settings with guidance, eta and two metrics
+    assert len(numbers) == 10 * 3 + 5 * 4
     assert np.isfinite(numbers).all()
 
 

@@ -104,7 +104,7 @@ def test_evaluate_adds_rows_that_say_what_was_measured(copy, capsys):
     assert run("evaluate", copy, "--num", "4", "--metrics", "nearest") == 0
     first, second, third, last = rows(copy)
     assert [row["metric"] for row in (first, second, third, last)] == ["frechet", "nearest", "accuracy", "nearest"]
-    assert (first["n"], first["reference"], first["preprocessing"]) == (8, "digits held-out (n=360)", "none")
+    assert (first["n"], first["reference"], first["preprocessing"]) == (8, "digits held-out (n=360)", "clip to [-1, 1]")
     assert first["extractor"].startswith("digits") and second["reference"] == "train (n=1437)"
     assert (first["sampler"], first["steps"], first["calls"], first["guidance"], first["seed"]) == (
         "heun",
