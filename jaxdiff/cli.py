@@ -155,6 +155,8 @@ def _run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for a run that failed, 2 for something to put right."""
     expected: tuple[type[BaseException], ...] = (ValueError, OSError, AssertionError, ImportError)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _without_late_callbacks
     try:
         args = parser().parse_args(argv)
         from jaxdiff.training.checkpoint import CheckpointError
@@ -173,6 +175,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(error, 1, "error: out of memory, make the batch size smaller: ")
         # a bug of ours: still no traceback unless asked for
         return _fail(error, 1, f"internal error ({type(error).__name__}), JAXDIFF_TRACEBACK=1 shows where: ")
+
+
+def _without_late_callbacks(unraisable) -> None:
+    # When a read of a damaged checkpoint fails, the others that are under way end in Orbax's closed loop, in threads
+    # of their own, each with a traceback that says nothing.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _fail(error: BaseException, code: int, prefix: str = "error: ") -> int:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from jaxdiff import info as costs
 from jaxdiff import pictures, runs
-from jaxdiff.evaluation import Evaluation, check_metrics, table
+from jaxdiff.evaluation import FLOOR_SUBSETS, Evaluation, check_metrics, table
 from jaxdiff.generate import Dials, Generate, batches, compiled, labels_for, whole_batch
 from jaxdiff.metrics.evaluate import METRICS, Reference, Result
 from jaxdiff.metrics.evaluate import evaluate as evaluate_samples
@@ -35,7 +36,7 @@ def train(file: str, workdir: Path, pairs: list[str], mesh: dict[str, int]) -> i
     """`jaxdiff train`: trains, or goes on from the newest checkpoint of the workdir."""
     experiment = runs.experiment_from(file, pairs)
     runs.check_workdir(workdir)
-    mesh_of_run = sharding.make_mesh(**mesh)
+    mesh_of_run = sharding.make_mesh(mesh.get("data", -1), mesh.get("fsdp", 1), mesh.get("tensor", 1))
     changed = runs.changed(workdir, file)
 
     def open_workdir():
@@ -99,7 +100,9 @@ def evaluate(args: argparse.Namespace) -> int:
     samples, labels = drawn.draw(solver, args.steps, num)
     results = evaluate_samples(samples, labels, reference, names)
     about = drawn.about(solver, args.steps)
-    options = ", ".join(f"{name} {value}" for name, value in about.items() if name not in ("what", "time"))
+    options = ", ".join(
+        f"{name} {value}" for name, value in about.items() if name not in ("what", "time") and value is not None
+    )
     print(f"{drawn.what}; {options}")
     for result in results.values():
         print(f"  {result}")
@@ -166,7 +169,7 @@ class Drawing:
         if args.guidance is not None and self.experiment.num_classes is None:
             raise UsageError(f"--guidance needs classes, {self.experiment.name} has none; leave --guidance out")
         eta = getattr(args, "eta", None)
-        self.dials = Dials(*(None if value is None else np.float32(value) for value in (args.guidance, eta)))
+        self.dials = Dials(*(None if value is None else jnp.float32(value) for value in (args.guidance, eta)))
         self.args = args
         self._samplers: dict[Plan, Generate] = {}
 
@@ -247,7 +250,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def use_cache() -> None:
     """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR or the user's cache folder, if that can be written."""
-    chosen = jax.config.jax_compilation_cache_dir
+    chosen = jax.config.values["jax_compilation_cache_dir"]
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     try:
         loop.enable_compilation_cache(Path(chosen) if chosen else Path(caches) / "jaxdiff")
@@ -299,7 +302,7 @@ def _note(floor: dict[str, Result]) -> str:
     text += " in the place of samples"
     subsets = [f"{name} {r.settings.rpartition(', ')[2]}" for name, r in floor.items() if "subsets" in r.settings]
     if subsets:
-        text += f", the mean of 8 random subsets of {first.n}, which lie apart by: {'; '.join(subsets)}"
+        text += f", the mean of {FLOOR_SUBSETS} random subsets ({'; '.join(subsets)})"
     alone = [name for name in floor if METRICS[name].against == "train"]
     return text + (f". {alone[0]} is there that of the held-out images." if alone else ".")
 

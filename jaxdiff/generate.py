@@ -42,7 +42,8 @@ def compiled(method: Method, *, solver: NamedSolver | None = None, num_steps: in
 
     def generate(params, aux, key, noise, cond, dials):
         eta = jnp.float32(0) if dials.eta is None else dials.eta
-        maker = None if solver is None else lambda schedule: solver.make(schedule, eta, num_steps)
+        make = solver and solver.make
+        maker = make and (lambda schedule: make(schedule, eta, num_steps))
         return method.generate(params, aux, key, noise, cond, Sampling(num_steps, maker, None, dials.guidance_scale))
 
     return jax.jit(generate)

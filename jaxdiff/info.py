@@ -104,7 +104,7 @@ def _flops(equation: Any) -> float:
     if name == "cond":
         return max(count_flops(branch.jaxpr) for branch in params["branches"])
     times = params.get("length", 1) if name == "scan" else 1
-    return times * sum(count_flops(inner) for inner in _inner(params))
+    return float(times) * sum((count_flops(inner) for inner in _inner(params)), 0.0)
 
 
 def _inner(params: Mapping[str, Any]) -> list[Any]:
@@ -133,8 +133,10 @@ def describe(experiment: Experiment, counted: Info, mesh: Mapping[str, int] | No
         lines.append(f"  {player:<12}{n / 1e6:10.3f} M parameters ({n:,})")
     whole, example = _scaled(counted.flops, 1000), _scaled(counted.flops / experiment.batch_size, 1000)
     lines.append(f"  train step  {whole}FLOP ({example.lstrip()}FLOP an example; convolutions and matrix products)")
-    parts = ", ".join(f"{name} {_scaled(n, 1024).lstrip()}B" for name, n in counted.bytes.items() if n)
-    lines.append(f"  a device    {_scaled(sum(counted.bytes.values()), 1024)}B ({parts}; activations not counted)")
+    parts = ", ".join(f"{name} {_scaled(float(n), 1024).lstrip()}B" for name, n in counted.bytes.items() if n)
+    lines.append(
+        f"  a device    {_scaled(float(sum(counted.bytes.values())), 1024)}B ({parts}; activations not counted)"
+    )
     return "\n".join(lines)
 
 

@@ -4,9 +4,12 @@
 the run's folder is refused unless it is named on the command line: a folder that somebody sends must not execute.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,7 +148,8 @@ def weights_of(
             f"run {workdir} has no checkpoint yet; train it further: jaxdiff train FILE --workdir {workdir}"
         )
     try:
-        loaded: tuple[Weights, int] = load_weights(experiment, folder, mesh=mesh)
+        with _held_warnings():
+            loaded: tuple[Weights, int] = load_weights(experiment, folder, mesh=mesh)
     except CheckpointError as error:
         raise UsageError(f"run {workdir}: {first_line(error)}") from error
     weights, step = loaded
@@ -164,6 +168,24 @@ def average_name(experiment: Experiment, average: str | None) -> str:
     if average not in names:
         raise UsageError(f"experiment {experiment.name} has no EMA {average!r}; {hint(average, names)}")
     return average
+
+
+@contextlib.contextmanager
+def _held_warnings() -> Iterator[None]:
+    """Shows the log of passed-over checkpoints only if another one could be read; the error says the rest."""
+    logger, records = logging.getLogger("jaxdiff.training.checkpoint"), []
+
+    def hold(record: logging.LogRecord) -> bool:
+        records.append(record)
+        return False
+
+    logger.addFilter(hold)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hold)
+    for record in records:
+        logger.handle(record)
 
 
 def _checked(experiment: Any, path: str | Path, settings: dict[str, Any]) -> Experiment:

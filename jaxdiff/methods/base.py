@@ -63,7 +63,8 @@ class Method(NamedTuple):
 
     Attributes:
       init: (key, batch) -> (params: {player: tree}, aux). aux holds whatever is not optimised: teacher, target
-        network, statistics. Trees in aux are copies: a donated state may hold no buffer twice.
+        network, statistics. Trees in aux are copies: a donated state may hold no buffer twice. It must be traceable:
+        `jaxdiff info` and resuming take only its shapes.
       objectives: in update order. A later objective sees the parameters that the earlier ones updated.
       generate: (params, aux, key, noise, cond, sampling) -> samples [B, ...]. noise is unit normal [B, ...].
       advance: (aux, params, step, metrics) -> aux, after all updates of a step.

@@ -132,6 +132,7 @@ def _broken(root, run):
         "torn_config": copy("torn_config"),
         "unstarted": copy("unstarted"),
         "damaged": copy("damaged"),
+        "torn_arrays": copy("torn_arrays"),
         "other_settings": edited("other_settings", settings={"lr": 0.5}),
         "other_names": edited("other_names", settings={"depth": 3}),
         "other_types": edited("other_types", settings={"chain_length": "long"}),
@@ -144,6 +145,8 @@ def _broken(root, run):
     for path in found["damaged"].glob("checkpoints/*/state/**/*"):
         if path.is_file():
             path.write_bytes(b"")
+    for path in found["torn_arrays"].glob("checkpoints/*/state/manifest.ocdbt"):
+        path.write_bytes(b"")
     shutil.copy(root / "digits_mlp.py", found["inside"] / "digits_mlp.py")
     return found
 

@@ -157,15 +157,14 @@ def test_without_a_cache_folder_a_command_goes_on(places, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "words",
-    [("trian", "x.py"), ("sample", "gone", "--out", "a.png")],
-    ids=["before anything is imported", "after"],
+    "template",
+    ["trian {file}", "sample {torn_arrays} --out a.png"],
+    ids=["before anything is imported", "while other threads read a damaged checkpoint"],
 )
-def test_a_process_exits_with_2_and_one_line(tmp_path, words):
+def test_a_process_exits_with_2_and_one_line(places, tmp_path, template):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxdiff.cli", *words], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
+    command = [sys.executable, "-m", "jaxdiff.cli", *template.format(**places).split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
