@@ -52,8 +52,8 @@ golden: setup ## compare with arrays of the official releases; DIR=folder takes 
 	@$(TEST_ENV) $(BIN)/python -m pytest tests/golden $(if $(DIR),--golden-dir '$(DIR)') -m ''
 
 notebook: setup ## write notebooks/*.ipynb from their .py sources and execute them
-	@$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
-	@$(BIN)/jupyter-execute --inplace --kernel_name=python3 notebooks/*.ipynb
+	@$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
+	@$(BIN)/jupyter-execute --kernel_name=python3 notebooks/*.ipynb
 
 docs: setup ## build the documentation in site/
 	@$(INSTALL) -e '.[dev,docs]' -c constraints.txt
