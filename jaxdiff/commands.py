@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jaxdiff import info as costs
 from jaxdiff import pictures, runs
-from jaxdiff.evaluation import FLOOR_SUBSETS, Evaluation, check_metrics, table
+from jaxdiff.evaluation import FLOOR_SUBSETS, Evaluation, check_metrics, mean, table
 from jaxdiff.generate import Dials, Generate, batches, compiled, labels_for, whole_batch
 from jaxdiff.metrics.evaluate import METRICS, Reference, Result
 from jaxdiff.metrics.evaluate import evaluate as evaluate_samples
@@ -127,18 +127,23 @@ def compare(args: argparse.Namespace) -> int:
     for solver, steps in tqdm(plan, desc="samplers", disable=not sys.stderr.isatty()):
         results: dict[str, Result] = {}
         try:
-            samples, labels = drawn.draw(solver, steps, num, quiet=True)
+            samples, labels = drawn.draw(solver, steps, num * evaluation.sets, quiet=True)
         except FloatingPointError as error:
             _warn(f"{solver.name}, {steps} steps: {error}")
         else:
-            results = evaluate_samples(samples, labels, reference, names)
+            sets = [slice(i * num, (i + 1) * num) for i in range(evaluation.sets)]
+            judged = (
+                evaluate_samples(samples[s], labels if labels is None else labels[s], reference, names) for s in sets
+            )
+            results = mean(list(judged))
             strips.append(samples[: min(drawn.experiment.num_classes or 8, 16)])
         rows.append(_row(solver.name, solver.calls(steps), num, results, names))
         if not sys.stderr.isatty():
             values = " ".join(f"{name} {result.value:.4g}" for name, result in results.items()) or "not finite"
             print(f"{solver.name}, {solver.calls(steps)} network calls: {values}", file=sys.stderr)
         _append(folder / "evaluations.jsonl", drawn.about(solver, steps), results)
-    text = f"{table(rows)}\n\n{drawn.what}, seed {args.seed}. {_note(floor)}\n"
+    sets = f" A row is the mean of {evaluation.sets} sets of {num} samples." if evaluation.sets > 1 else ""
+    text = f"{table(rows)}\n\n{drawn.what}, seed {args.seed}.{sets} {_note(floor)}\n"
     (folder / "compare.md").write_text(text)
     print(text)
     grid, _ = drawn.draw(None, None, GRID_IMAGES, quiet=True)

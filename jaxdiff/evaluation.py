@@ -30,6 +30,7 @@ class Evaluation:
       metrics: default metrics, names of `metrics.evaluate.METRICS`.
       solvers: what `compare` compares, names of `solvers.named.SOLVERS`.
       calls: at how many network calls.
+      sets: `compare` draws that many sets of samples and shows means, since one set moves as much as the floor does.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Evaluation:
     metrics: tuple[str, ...] = judge.DEFAULT_METRICS
     solvers: tuple[str, ...] = ("ancestral", "ddim", "dpmpp_2m", "heun")
     calls: tuple[int, ...] = (50, 20, 10, 1)
+    sets: int = 1
 
     @functools.cached_property
     def train_source(self) -> ArraySource:
@@ -62,8 +64,13 @@ class Evaluation:
         results = judge.floor(reference, labels, once, num_samples=size) if once else {}
         seeds = range(FLOOR_SUBSETS if size < len(self.train_source) else 1)
         draws = [judge.floor(reference, labels, drawn, num_samples=size, seed=s) for s in seeds] if drawn else []
-        results |= {name: _mean([draw[name] for draw in draws]) for name in drawn}
+        results |= mean(draws) if drawn else {}
         return {name: results[name] for name in names}
+
+
+def mean(draws: Sequence[Mapping[str, judge.Result]]) -> dict[str, judge.Result]:
+    """The mean of every metric over sets of equal n; `settings` says how many sets and how far they lie apart."""
+    return {name: _mean([draw[name] for draw in draws]) for name in draws[0]}
 
 
 def _mean(results: Sequence[judge.Result]) -> judge.Result:

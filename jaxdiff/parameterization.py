@@ -1,7 +1,8 @@
 """What the network's output f means. Every choice is affine: x0 = skip x_t + out f(in x_t).
 
-The target of f is on_x0 x0 + on_eps eps. The five scalars are functions of one Level. `net_time` maps the schedule's t to the number that the network is given.
-The table of coefficients is in docs/design.md; n = alpha^2 + sigma^2 and m = alpha^2 sigma_data^2 + sigma^2 below.
+The target of f is on_x0 x0 + on_eps eps. The five scalars are functions of one Level. `net_time` maps the schedule's t
+to the number that the network is given. The table of coefficients is in docs/design.md; n = alpha^2 + sigma^2 and
+m = alpha^2 sigma_data^2 + sigma^2 below.
 """
 
 from collections.abc import Callable
