@@ -3,6 +3,8 @@
 Paper: Ho et al. 2020 (arXiv:2006.11239) with the cosine chain of Nichol & Dhariwal 2021 and v-prediction (Salimans &
 Ho 2022), which lets few-step samplers start at pure noise: eps-prediction divides by alpha there and explodes.
 Command: jaxdiff train experiments/digits_ddpm.py --workdir runs/digits, then jaxdiff compare runs/digits
+Reached, seed 0, two cores, three minutes of training: Frechet 0.391 (ancestral), 0.403 (DDIM), 0.397 (DPM-Solver++ 2M)
+at 50 calls and 5.89 at one, where real training images score 0.391; accuracy 0.988 to 0.992 (README has the table).
 """
 
 import jax.numpy as jnp
@@ -81,7 +83,7 @@ def build(
             held_out=lambda: digits("held_out"),
             train=lambda: digits("train"),
             num=40 if smoke else 720,
-            solvers=("ancestral", "ddim", "dpmpp_2m", "unipc"),
+            solvers=("ancestral", "ddim", "dpmpp_2m"),
             sets=1 if smoke else 3,
             calls=(chain_length, 50, 20, 10, 1) if not smoke else (4, 1),
         ),

@@ -17,8 +17,14 @@ from jaxdiff.training.state import create_state
 from jaxdiff.training.step import make_train_step
 
 FILES = sorted((Path(__file__).parents[1] / "experiments").glob("[!_]*.py"))
-# One experiment for each kind of network; the others differ in numbers, and would only be compiled again.
-ON_FOUR_DEVICES = ("toy_ddpm", "toy_edm", "digits_ddpm")
+# These differ from the others in numbers more than in programs, and a UNet compiles for long: only `make test-full`.
+COMPILED_IN_FULL = ("cifar10_ddpm", "cifar10_edm", "imagenet64_iddpm", "lsun_adm", "lsun_ddpm")
+ON_FOUR_DEVICES = ("toy_ddpm", "toy_edm", pytest.param("digits_ddpm", marks=pytest.mark.slow))
+
+
+def files(slow=()):
+    marks = {True: [pytest.mark.slow], False: []}
+    return [pytest.param(f, id=f.stem, marks=marks[f.stem in slow]) for f in FILES]
 
 
 def experiment_of(file):
@@ -38,7 +44,7 @@ def start(experiment, mesh):
     return state, step
 
 
-@pytest.mark.parametrize("file", FILES, ids=[f.stem for f in FILES])
+@pytest.mark.parametrize("file", files(COMPILED_IN_FULL))
 def test_experiment_keeps_the_contract(file):
     experiment = experiment_of(file)
     assert experiment.name == file.stem
@@ -72,7 +78,7 @@ def test_experiment_keeps_the_contract(file):
     assert np.isfinite(samples).all()
 
 
-@pytest.mark.parametrize("file", FILES, ids=[f.stem for f in FILES])
+@pytest.mark.parametrize("file", files())
 def test_each_objective_moves_only_its_player(file):
     experiment = experiment_of(file)
     batch = batch_shapes(experiment)
