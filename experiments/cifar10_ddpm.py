@@ -14,7 +14,8 @@ from jaxdiff.data.augment import flip_horizontally
 from jaxdiff.data.named import in_memory, open_source
 from jaxdiff.data.pipeline import batches
 from jaxdiff.evaluation import Evaluation
-from jaxdiff.methods.ddpm import ddpm
+from jaxdiff.methods.ddpm import chain_denoiser, ddpm
+from jaxdiff.metrics.bits_per_dim import bits_per_dim
 from jaxdiff.metrics.pixels import pixel_extractor
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.unet import example_inputs
@@ -50,11 +51,20 @@ def build(
     def source(split: str):
         return open_source(data, size=size, split=split, num_classes=None)
 
+    betas = schedules.linear_betas(chain_length)
+    output = parameterization.eps()
+
+    def bits(params, key, x0, cond):
+        denoise = chain_denoiser(
+            as_network(unet), params["model"], schedules.discrete(betas), output, cond, variance=process.fixed_large
+        )
+        return bits_per_dim(denoise, betas, process.fixed_large, key, x0)
+
     method = ddpm(
         as_network(unet),
-        schedules.linear_betas(chain_length),
+        betas,
         init_params=lambda key, batch: init_params(unet, key, *example_inputs(unet)),
-        parameterization=parameterization.eps(),
+        parameterization=output,
         variance=process.fixed_large,
     )
     return Experiment(
@@ -83,5 +93,6 @@ def build(
             train=lambda: in_memory(source("train"), 64 if smoke else 10000),
             num=16 if smoke else 10000,
             metrics=("frechet", "kernel", "nearest"),
+            bits=bits,
         ),
     )

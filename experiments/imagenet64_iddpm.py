@@ -14,7 +14,8 @@ from jaxdiff import parameterization, process, schedules
 from jaxdiff.data.named import in_memory, open_source
 from jaxdiff.data.pipeline import batches
 from jaxdiff.evaluation import Evaluation
-from jaxdiff.methods.ddpm import Loss, ddpm
+from jaxdiff.methods.ddpm import Loss, chain_denoiser, ddpm
+from jaxdiff.metrics.bits_per_dim import bits_per_dim
 from jaxdiff.metrics.pixels import pixel_extractor
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.unet import example_inputs
@@ -50,11 +51,20 @@ def build(
     def source(split: str):
         return open_source(data, size=size, split=split, num_classes=num_classes)
 
+    betas = schedules.cosine_betas(chain_length)
+    output = parameterization.eps(parameterization.scaled_time(1000 / chain_length))
+
+    def bits(params, key, x0, cond):
+        denoise = chain_denoiser(
+            as_network(unet), params["model"], schedules.discrete(betas), output, cond, variance=process.learned_range
+        )
+        return bits_per_dim(denoise, betas, process.learned_range, key, x0)
+
     method = ddpm(
         as_network(unet),
-        schedules.cosine_betas(chain_length),
+        betas,
         init_params=lambda key, batch: init_params(unet, key, *example_inputs(unet)),
-        parameterization=parameterization.eps(parameterization.scaled_time(1000 / chain_length)),
+        parameterization=output,
         variance=process.learned_range,
         loss=Loss.RESCALED_MSE,
     )
@@ -80,5 +90,6 @@ def build(
             train=lambda: in_memory(source("train"), 64 if smoke else 10000),
             num=16 if smoke else 10000,
             metrics=("frechet", "kernel", "nearest"),
+            bits=bits,
         ),
     )

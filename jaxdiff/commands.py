@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jaxdiff import info as costs
 from jaxdiff import pictures, runs
-from jaxdiff.evaluation import FLOOR_SUBSETS, Evaluation, check_metrics, mean, table
+from jaxdiff.evaluation import BITS, FLOOR_SUBSETS, Evaluation, check_metrics, mean, table
 from jaxdiff.generate import Dials, Generate, batches, compiled, labels_for, whole_batch
 from jaxdiff.metrics.evaluate import METRICS, Reference, Result
 from jaxdiff.metrics.evaluate import evaluate as evaluate_samples
@@ -91,14 +91,21 @@ def sample(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     """`jaxdiff evaluate`: prints a line per metric and appends them to `evaluations.jsonl` of the run."""
     solver = _solver(args)
-    names = _names("--metrics", args.metrics, METRICS)
+    names = _names("--metrics", args.metrics, (*METRICS, BITS))
     drawn = Drawing(args)
     evaluation = evaluation_of(drawn.experiment)
     names, num = names or evaluation.metrics, args.num or evaluation.num
+    of_samples = [name for name in names if name != BITS]
+    if BITS in names:
+        evaluation.require_bits()
     drawn.load([(solver, args.steps)])
-    reference = _reference(evaluation, drawn.experiment, names, num)
-    samples, labels = drawn.draw(solver, args.steps, num)
-    results = evaluate_samples(samples, labels, reference, names)
+    results: dict[str, Result] = {}
+    if of_samples:
+        reference = _reference(evaluation, drawn.experiment, of_samples, num)
+        samples, labels = drawn.draw(solver, args.steps, num)
+        results |= evaluate_samples(samples, labels, reference, of_samples)
+    if BITS in names:
+        results[BITS] = evaluation.bits_per_dim(drawn.params, num, seed=args.seed)
     about = drawn.about(solver, args.steps)
     options = ", ".join(
         f"{name} {value}" for name, value in about.items() if name not in ("what", "time") and value is not None

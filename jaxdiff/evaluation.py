@@ -8,13 +8,20 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.data.images import ArraySource
+from jaxdiff.methods.base import Players
 from jaxdiff.metrics import evaluate as judge
+from jaxdiff.metrics.bits_per_dim import BitsPerDim
 from jaxdiff.metrics.features import Extractor, HostFeatures
+from jaxdiff.types import Array, Cond, Key
 
 FLOOR_SUBSETS = 8  # one subset of 1024 digits moves the Frechet distance by 13 %
+BITS = "bits_per_dim"
+Bits = Callable[[Players, Key, Array, Cond], BitsPerDim]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,8 @@ class Evaluation:
       metrics: default metrics, names of `metrics.evaluate.METRICS`.
       solvers: what `compare` compares, names of `solvers.named.SOLVERS`.
       calls: at how many network calls.
+      bits: (params, key, x0 [B, ...], cond) -> BitsPerDim, the bound of a chain for "bits_per_dim"; None if there is
+        none, or if the data are not uint8 images.
       sets: `compare` draws that many sets of samples and shows means, since one set moves as much as the floor does.
     """
 
@@ -42,6 +51,7 @@ class Evaluation:
     solvers: tuple[str, ...] = ("ancestral", "ddim", "dpmpp_2m", "heun")
     calls: tuple[int, ...] = (50, 20, 10, 1)
     sets: int = 1
+    bits: Bits | None = None
 
     @functools.cached_property
     def train_source(self) -> ArraySource:
@@ -51,6 +61,31 @@ class Evaluation:
     def reference(self) -> judge.Reference:
         """The reference images and their features."""
         return judge.reference(self.name, self.held_out().x0, self.extractor(), train_images=self.train_source.x0)
+
+    def require_bits(self) -> Bits:
+        """`bits`, or a ValueError if this experiment has no bound."""
+        if self.bits is None:
+            raise ValueError(f"{BITS} needs a chain's bound on uint8 images, there is none; leave {BITS} out")
+        return self.bits
+
+    def bits_per_dim(self, params: Players, num: int, *, seed: int = 0, batch_size: int = 64) -> judge.Result:
+        """The mean bound in bits per dimension of up to `num` held-out images.
+
+        Raises:
+          ValueError: if this experiment has no bound.
+        """
+        source, bound, totals = self.held_out(), jax.jit(self.require_bits()), []
+        count = min(num, len(source))
+        for start in range(0, count, batch_size):
+            rows = np.minimum(np.arange(start, start + batch_size), count - 1)
+            cond = {} if source.label is None else {"label": jnp.asarray(source.label[rows])}
+            key = jax.random.fold_in(jax.random.key(seed), start)
+            terms = bound(params, key, jnp.asarray(source.x0[rows]), cond)
+            totals.append(np.asarray(terms.total, np.float64)[: count - start])
+        total, steps = np.concatenate(totals), terms.vb.shape[1]
+        error = total.std(ddof=1) / np.sqrt(count) if count > 1 else float("nan")
+        about = f"{steps} terms, one noise draw each, standard error {error:.2g}"
+        return judge.Result(BITS, float(total.mean()), count, self.name, "none", "none", about)
 
     def floor(self, reference: judge.Reference, names: Sequence[str], num: int) -> dict[str, judge.Result]:
         """What `num` real training images score (all of them, if there are fewer), the mean over 8 random subsets.

@@ -2,12 +2,15 @@
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.data.images import ArraySource
+from jaxdiff.data.images import ArraySource, digits
 from jaxdiff.evaluation import FLOOR_SUBSETS, Evaluation, check_metrics, table
 from jaxdiff.metrics import evaluate as judge
+from jaxdiff.metrics.bits_per_dim import BitsPerDim
+from jaxdiff.metrics.digits import digits_extractor
 from jaxdiff.metrics.features import Extractor, Features
 
 DRAW = np.random.default_rng(0)
@@ -106,3 +109,28 @@ def test_table_is_aligned_markdown():
         "| real     |       |     1.235 |",
         "| dpmpp_2m |    50 | 0.0001235 |",
     ]
+
+
+def test_bits_per_dim_averages_the_held_out_images_and_pads_nothing_in():
+    def bits(params, key, x0, cond):
+        del key
+        total = params["model"] + x0.mean((1, 2, 3)) + cond["label"].astype(x0.dtype)
+        terms = jnp.zeros((x0.shape[0], 7))
+        return BitsPerDim(total, jnp.zeros_like(total), terms, terms, terms)
+
+    held_out = digits("held_out")
+    judged = Evaluation(
+        name="held-out", extractor=digits_extractor, held_out=lambda: held_out, train=lambda: held_out, bits=bits
+    )
+    result = judged.bits_per_dim({"model": jnp.float32(2.0)}, 50, batch_size=16)
+    expected = 2 + held_out.x0[:50].mean((1, 2, 3)) + held_out.label[:50]
+    assert result.value == pytest.approx(float(expected.mean()), rel=1e-6)
+    assert result.n == 50 and "7 terms" in result.settings
+    assert judged.bits_per_dim({"model": jnp.float32(0.0)}, 10**6).n == len(held_out)
+
+
+def test_bits_per_dim_without_a_bound_is_refused():
+    source = digits("held_out")
+    judged = Evaluation(name="x", extractor=digits_extractor, held_out=lambda: source, train=lambda: source)
+    with pytest.raises(ValueError, match="there is none; leave bits_per_dim out"):
+        judged.bits_per_dim({}, 4)

@@ -78,8 +78,8 @@ def batches(
     *,
     batch_size: int,
     seed: int,
-    num_hosts: int = 1,
-    host: int = 0,
+    num_hosts: int | None = None,
+    host: int | None = None,
     augment: Sequence[Augmentation] = (),
     shuffle: bool = True,
     start_step: int = 0,
@@ -93,8 +93,8 @@ def batches(
       source: random access to examples with "x0" and perhaps "label".
       batch_size: B, the number of examples in a global batch, over all hosts; at most len(source).
       seed: 0 to 2^32 - 1; fixes the order and the augmentations.
-      num_hosts: H, must divide B. `jax.process_count()` in a multi-host run.
-      host: 0 to H - 1; `jax.process_index()`.
+      num_hosts: H, must divide B; None for `jax.process_count()`.
+      host: 0 to H - 1; None for `jax.process_index()`.
       augment: functions (rng, example) -> example, applied in order to float32 examples.
       shuffle: False keeps the source's order in every epoch.
       start_step: index of the first batch to return.
@@ -110,8 +110,12 @@ def batches(
     Raises:
       ValueError: if a number is out of range, B > len(source), or H does not divide B.
     """
-    _check_sizes(source, batch_size, seed, num_hosts, host, prefetch, threads, workers)
     import grain
+    import jax
+
+    num_hosts = jax.process_count() if num_hosts is None else num_hosts
+    host = jax.process_index() if host is None else host
+    _check_sizes(source, batch_size, seed, num_hosts, host, prefetch, threads, workers)
 
     dataset = grain.MapDataset.source(source).seed(seed)
     if shuffle:
