@@ -88,6 +88,7 @@ def test_the_untrained_ddpm_network_answers_almost_zero():
     assert 0 < np.abs(out).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_gradient_reaches_every_parameter():
     x_t, t, cond = inputs(EVERYTHING)
 
