@@ -7,7 +7,7 @@ jaxtyping checks the annotations of the library while tests run; users do not pa
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_force_host_platform_device_count=4")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=4")
 
 from jaxtyping import install_import_hook
 
