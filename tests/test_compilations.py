@@ -95,3 +95,21 @@ def test_another_grid_of_equal_length_compiles_nothing():
     assert len({float(result[0, 0]) for result in results}) == 3
     run(jax.random.key(0), x, jnp.asarray(times.karras(7), jnp.float32), jnp.float32(0))
     assert len(traces) == 2
+
+
+TRACES = dict.fromkeys(SOLVERS, 1) | {"heun": 2}  # Heun's step calls the network at both ends
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_sampler_holds_the_network_once(name):
+    schedule, traces = schedules.ve(0.01, 10.0), []
+
+    def denoise(x, t):
+        traces.append(1)
+        return Denoised(0.5 * x)
+
+    grid = jnp.asarray(times.karras(6, 0.01, 10.0), jnp.float32)
+    jax.make_jaxpr(lambda x: sample(SOLVERS[name].make(schedule, 0.0, 6), denoise, jax.random.key(0), x, grid))(
+        jnp.ones((2, 3))
+    )
+    assert len(traces) == TRACES[name]
