@@ -10,10 +10,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TEST_ENV := JAX_COMPILATION_CACHE_DIR='$(CURDIR)/.cache/jax' JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
-SPLIT := XLA_FLAGS="--xla_force_host_platform_device_count=$(DEVICES) $$XLA_FLAGS"
-
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-full lint format check golden notebook docs clean
+.PHONY: help setup quickstart test test-full reliability benchmark lint format check golden notebook docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -28,14 +26,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: setup ## train on the embedded images, sample, evaluate: a grid and a table in WORKDIR=runs/quickstart
-	@$(SPLIT) $(BIN)/jaxdiff train experiments/digits_ddpm.py --workdir $(WORKDIR)
-	@$(SPLIT) $(BIN)/jaxdiff compare $(WORKDIR)
+	@$(BIN)/jaxdiff train experiments/digits_ddpm.py --workdir $(WORKDIR) --cpu-devices $(DEVICES)
+	@$(BIN)/jaxdiff compare $(WORKDIR) --cpu-devices $(DEVICES)
 
 test: setup ## the test suite without the slow tests; PYTEST_ARGS= replaces the parallel run
 	@$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-full: setup ## the whole test suite
 	@$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) -m ''
+
+reliability: setup ## 50 kills, 200 damaged checkpoints, several processes and meshes: the figures of docs/reliability.md
+	@$(TEST_ENV) $(BIN)/python -m pytest -s tests/reliability -m ''
+
+benchmark: setup ## time against other libraries: a dated table in benchmarks/results; see benchmarks/README.md
+	@$(BIN)/python -m benchmarks.unet_cpu $(BENCHMARK_ARGS)
 
 lint: setup ## ruff (format and lint) and pyright
 	@$(BIN)/ruff format --check .

@@ -1,0 +1,149 @@
+"""The benchmarks' cheap facts: equal networks, honest tables, workers that answer; nothing is timed here."""
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import install_size, report, startup, two_cores, unet_cpu, unet_gpu, worker, workload
+from benchmarks.gpu_shapes import SHAPES, out_of_memory
+from benchmarks.processes import Spec
+from benchmarks.workers import gpu_jaxdiff, jaxdiff_unet
+from benchmarks.workers.diffusers_names import entries
+from jaxdiff.networks.base import num_params, param_shapes
+from jaxdiff.networks.unet import example_inputs
+from jaxdiff.networks.unet_presets import adm_unet, stable_diffusion_unet
+
+TIMES = {"train step": {"a": {"wall": [2.0, 4.0, 3.0]}, "b": {"wall": [1.5, 1.0, 2.0]}, "c": {"skip": "not offered"}}}
+
+
+def shapes(unet):
+    return param_shapes(unet, *example_inputs(unet))
+
+
+def test_the_workload_has_the_parameters_of_diffusers():
+    assert num_params(shapes(jaxdiff_unet.unet())) == workload.PARAMETERS == 1_624_323
+
+
+def test_every_parameter_has_a_name_in_diffusers():
+    tree = shapes(jaxdiff_unet.unet())
+    named = entries(jaxdiff_unet.unet())
+    names = [name for entry in named for name in entry.names]
+    assert len(set(names)) == len(names)
+    assert {entry.path.split("/")[0] for entry in named} == set(tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("adm64", adm_unet(64).clone(out_channels=3)), ("sd", stable_diffusion_unet(1))],
+)
+def test_the_gpu_networks_are_the_presets_in_bfloat16(name, preset):
+    assert gpu_jaxdiff.unet(name, SHAPES[name]) == preset.clone(dropout=0.0, dtype=jnp.bfloat16)
+
+
+def test_comparison_shows_medians_minima_ratios_and_what_is_missing():
+    table = report.comparison("T", TIMES, ["a", "b", "c"], "wall")
+    assert table.header == ["", "a", "b", "ratio", "c", "ratio"]
+    assert table.rows == [["train step", "3.00 (2.00)", "1.50 (1.00)", "0.500", "not offered", ""]]
+
+
+def test_page_and_figures_are_written(tmp_path):
+    table = report.comparison("Steps", TIMES, ["a", "b"], "wall", "A note.")
+    page = report.write(tmp_path, "d", "Title", {"cores": "2"}, [table], {"raw": TIMES})
+    assert page.read_text() == (
+        "# Title\n\n- cores: 2\n\n## Steps\n\n|  | a | b | ratio |\n| --- | --- | --- | --- |\n"
+        "| train step | 3.00 (2.00) | 1.50 (1.00) | 0.500 |\n\nA note.\n"
+    )
+    assert '"cores": "2"' in (tmp_path / "d.json").read_text()
+
+
+def test_every_section_writes_its_tables_from_made_up_figures():
+    def times(seconds):
+        return {"wall": [seconds], "cpu": [seconds]}
+
+    peers = ["diffusers", "jaxdiff"]
+    figures = {figure: {name: times(2.0) for name in peers} for figure in unet_cpu.COMMANDS}
+    figures["sampler step"]["jaxdiff"] = times(0.03)
+    facts = {name: {"parameters": 7} for name in peers}
+    raw = {"peers": peers, "facts": facts, "figures": figures, "traces": {"train step": 1}}
+    found = unet_cpu.tables(raw | {"equal": {"difference": 3e-6, "largest": 2.0}})
+    assert found[2].rows == [["diffusers", "0.0200", "0.0200"], ["jaxdiff", "1.33", "1.33"]]
+    assert "1 for the train step" in found[0].note and "at most 3.0e-06" in found[0].note
+
+    pairs = {"train step": {"a, one core": times(4.0), "a, two cores": times(2.0)}}
+    assert two_cores.tables({"peers": list(pairs["train step"]), "figures": pairs})[1].rows == [["train step", "2.00"]]
+
+    starts = {"a: cold": {"import": times(1.0), "build": times(1.0), "first": times(2.0), "total": times(5.0)}}
+    loaded, began = startup.tables({"imports": {"x": times(1.0) | {"heavy": ["torch"]}}, "starts": starts})
+    assert (loaded.rows[0][-1], began.rows[0][-1]) == ("torch", "5.00")
+    assert startup.tables({"imports": {}, "starts": {"a": {"error": "gone"}}})[1].rows[0][1] == "failed: gone"
+
+    assert install_size.tables({"core": {"jax": 2_000_000, "numpy": 1_000_000}})[0].rows[0][1:3] == ["3", "2"]
+
+    one = {"batch": 4, "seconds": [0.5], "memory": 2e9, "first": 3.0, "flops": 1e12, "parameters": 10}
+    row = unet_gpu.table("n", {"jaxdiff": [one], "diffusers": []}, 4e12).rows[0]
+    assert row[:5] == ["4", "0.500", "8.00", "50.0%", "2.0"]
+    assert row[6] == "does not fit"
+
+
+def test_a_crooked_table_is_refused():
+    with pytest.raises(ValueError, match=r"rows of \[1, 2\] cells"):
+        report.markdown("T", {}, [report.Table("crooked", ["", "a"], [["b"]])])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.00523, "0.00523"), (0.0523, "0.0523"), (0.563, "0.563"), (12.34, "12.3"), (1280.4, "1280")]
+)
+def test_numbers_have_three_digits(value, text):
+    assert report.number(value) == text
+
+
+def test_the_machine_is_described_without_its_name():
+    assert set(report.machine()) <= {"processor", "cores", "memory", "system"}
+
+
+def test_a_peer_gets_its_cores_and_nothing_of_the_callers_settings(monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    env = Spec("jaxdiff", "jaxdiff", "python", (3, 5)).environment()
+    assert (env["BENCH_CORES"], env["JAX_NUM_CPU_DEVICES"], env["OMP_NUM_THREADS"]) == ("3,5", "2", "1")
+    assert "JAX_COMPILATION_CACHE_DIR" not in env
+    assert "device_count" not in env["XLA_FLAGS"]
+    assert Spec("torch", "diffusers", "python", (0, 1)).environment()["OMP_NUM_THREADS"] == "2"
+    assert "cpu.sh" in " ".join(Spec("a", "jaxdiff", "python", (0,)).command("serve"))
+    assert "cpu.sh" not in " ".join(Spec("a", "jaxdiff", "python", (0,), launcher=False).command("serve"))
+
+
+def test_a_worker_times_what_it_is_asked_and_refuses_the_rest():
+    class Peer:
+        steps = 0
+
+        def train_step(self):
+            self.steps += 1
+            return 0.0
+
+        sampler_step = sample = train_step
+
+    peer = Peer()
+    said = worker.answer(peer, "train", "3")
+    assert (peer.steps, len(said["wall"]), len(said["cpu"])) == (3, 3, 3)
+    with pytest.raises(ValueError, match="a worker knows build, facts"):
+        worker.answer(peer, "trian", "3")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--peer", "torch=python"], "--peer takes NAME=PYTHON"),
+        (["--only", "stesp"], "--only takes steps"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_one_line(argv, said, capsys):
+    with pytest.raises(SystemExit):
+        unet_cpu.arguments(argv)
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_memory_errors_of_both_frameworks_are_known():
+    assert out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"))
+    assert not out_of_memory(RuntimeError("INVALID_ARGUMENT"))
