@@ -16,10 +16,21 @@ import optax
 
 from jaxdiff.methods.base import Method
 from jaxdiff.training.ema import EMA
+from jaxdiff.training.sharding import Partition
 from jaxdiff.training.state import check_players
 
-# What may change between the start of a run and its continuation: how long, how often, never what is learnt.
-FREE = ("num_steps", "log_every", "checkpoint_every", "sample_every", "max_to_keep", "keep_every", "preview_steps")
+# What may change between the start of a run and its continuation: how long, how often, never what is learnt. Skipping
+# is among them: it is asked for when a run has stopped, and changes nothing where every step is finite.
+FREE = (
+    "num_steps",
+    "log_every",
+    "checkpoint_every",
+    "sample_every",
+    "max_to_keep",
+    "keep_every",
+    "max_skipped",
+    "preview_steps",
+)
 
 
 @runtime_checkable
@@ -58,9 +69,13 @@ class Experiment:
       sample_every: steps between two calls of the sample hook; 0 for never.
       max_to_keep: number of newest checkpoints that are kept.
       keep_every: checkpoints at multiples of this step are kept besides; 0 for none.
+      max_skipped: how many steps in a row may have a loss or gradient that is not finite. They are not applied, and
+        counted as `skipped`; one more, and the run stops. 0 stops at the first.
       num_classes: labels are 0 .. num_classes - 1; None without labels.
       config: the arguments that `build` was called with, as JSON can hold them. A continued run must have the same,
         except for the names in `FREE`.
+      partition: how parameters are split over the tensor axis of a mesh, such as `networks.partition.UNET`; see
+        `sharding.Partition`. A run may go on with another one.
       preview_steps: length of the sampling grid for pictures during training; None for the method's own.
       evaluation: what `evaluate` compares samples with; training never reads it.
 
@@ -83,8 +98,10 @@ class Experiment:
     sample_every: int = 0
     max_to_keep: int = 3
     keep_every: int = 0
+    max_skipped: int = 0
     num_classes: int | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    partition: Partition = ()
     preview_steps: int | None = None
     evaluation: Any = None
 
@@ -92,7 +109,7 @@ class Experiment:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"experiment name takes letters, digits and '._-', got {self.name!r}")
         lowest = {"batch_size": 1, "num_steps": 1, "seed": 0, "accumulate": 1, "log_every": 1}
-        lowest |= {"checkpoint_every": 1, "sample_every": 0, "max_to_keep": 1, "keep_every": 0}
+        lowest |= {"checkpoint_every": 1, "sample_every": 0, "max_to_keep": 1, "keep_every": 0, "max_skipped": 0}
         for field, low in lowest.items():
             _check_int(field, getattr(self, field), low)
         for field in ("num_classes", "preview_steps"):
@@ -114,7 +131,7 @@ class Experiment:
     def describe(self) -> dict[str, Any]:
         """What identifies this experiment, as JSON would give it back: name, sizes, averages, config."""
         fields = ["name", "batch_size", "num_steps", "seed", "accumulate", "log_every", "checkpoint_every"]
-        fields += ["sample_every", "max_to_keep", "keep_every", "num_classes", "sample_shape"]
+        fields += ["sample_every", "max_to_keep", "keep_every", "max_skipped", "num_classes", "sample_shape"]
         about = {field: getattr(self, field) for field in fields}
         about["ema"] = {average.name: [average.about, average.players] for average in self.ema}
         return json.loads(json.dumps(about | {"config": dict(self.config)}))

@@ -1,17 +1,14 @@
 """The training loop: a Python loop over one compiled, donated step, which can be stopped and continued exactly.
 
-It draws batches, writes logs and checkpoints, calls the sample hook, and stops on SIGINT, SIGTERM or a number that is
-not finite. A run of k steps, a stop and a resumed run of n - k steps give the same bits as a run of n steps: the key,
-the averages, the optimiser and the place in the data are all in the checkpoint, and no wall clock enters a number.
-Nothing here knows how a step computes or a sample is drawn.
+It draws batches, writes logs and checkpoints, calls the sample hook, and stops when the processes of the run agree to
+(`stopping.py`) or steps are not finite (`faults.py`). A run of k steps, a stop and a resumed run of n - k steps give
+the same bits as a run of n steps: the key, the averages, the optimiser and the place in the data are all in the
+checkpoint, and no wall clock enters a number. Nothing here knows how a step computes or a sample is drawn.
 """
 
-import json
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +16,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff.training import logs, sharding
-from jaxdiff.training.checkpoint import Checkpoints
-from jaxdiff.training.experiment import BatchSource, Experiment, difference
+from jaxdiff.training import distributed, faults, logs, sharding
+from jaxdiff.training.checkpoint import Checkpoints, as_path
+from jaxdiff.training.experiment import BatchSource, Experiment
+from jaxdiff.training.goodput import COMPILE, INPUT, RESTORE, SAMPLE, SAVE, STEP, Record, Stopwatch
 from jaxdiff.training.state import TrainState, abstract_state, create_state
 from jaxdiff.training.step import make_train_step
-
-CHECKPOINTS = "checkpoints"
-CONFIG = "config.json"
+from jaxdiff.training.stopping import stop_signals
+from jaxdiff.training.workdir import CHECKPOINTS, check_workdir, make_folder, open_workdir
 
 SampleHook = Callable[[TrainState, int], None]
 
@@ -37,7 +34,7 @@ class Outcome(NamedTuple):
     Attributes:
       state: the last state; it is also the newest checkpoint.
       step: number of finished steps.
-      stopped: name of the signal that ended the run early, or None.
+      stopped: name of the signal that ended the run early, or None. The same on every process.
     """
 
     state: TrainState
@@ -47,7 +44,7 @@ class Outcome(NamedTuple):
 
 def train(
     experiment: Experiment,
-    workdir: Path,
+    workdir: str | os.PathLike[str],
     *,
     resume: bool = True,
     mesh: Mesh | None = None,
@@ -56,90 +53,185 @@ def train(
 ) -> Outcome:
     """Trains an experiment, from its newest checkpoint if the workdir has one.
 
-    The workdir gets `config.json`, `metrics.jsonl`, `checkpoints/`, and `tensorboard/` if tensorboardX is installed.
+    The workdir gets `config.json`, `metrics.jsonl`, `goodput.jsonl`, `checkpoints/`, `faults/` if something was odd,
+    and `tensorboard/` if it is local and tensorboardX is installed. With several processes all call this with the same
+    arguments and a workdir that all of them see; process 0 writes and speaks.
 
     Args:
       experiment: what to train.
-      workdir: folder of this run; made if it is not there.
+      workdir: folder of this run, made if it is not there; as text also in a bucket, "gs://...".
       resume: False refuses a workdir that already has checkpoints.
       mesh: from `make_mesh`; all devices along `data` by default.
-      on_sample: called with (state, step) every `sample_every` steps and at the end; must not keep the state, whose
-        buffers the next step reuses.
-      on_open: called once the workdir is known to be this run's, before anything else is written.
+      on_sample: called with (state, step) every `sample_every` steps and at the end, on every process; must not keep
+        the state, whose buffers the next step reuses. An OSError from it is said and passed over.
+      on_open: called on process 0 once the workdir is known to be this run's, before anything else is written.
 
     Returns:
-      The outcome. On SIGINT or SIGTERM the current step is finished and saved first; a second signal ends at once.
+      The outcome. On SIGINT, SIGTERM or a preemption notice, on any process, all finish and save the same step; a
+      second signal ends at once.
 
     Raises:
       ValueError: if the workdir holds another run, or the data, batch size and mesh do not fit together.
-      FloatingPointError: naming the first step whose loss or gradient was not finite. That step changed nothing, and
-        the last checkpoint is from before it. Also if parameters are not finite when they are to be saved.
+      FloatingPointError: naming the first step whose loss or gradient was not finite, after `max_skipped` others in a
+        row. Such steps change nothing, and the last checkpoint has none of them. Also if parameters are not finite
+        when they are to be saved.
       CheckpointError: if a checkpoint cannot be written, or none of those that are there can be read.
+      OSError: if the workdir cannot be written at the start. Later, log lines and pictures that cannot be written are
+        said and cost nothing else.
     """
+    stopwatch = Stopwatch()
     mesh = sharding.make_mesh() if mesh is None else mesh
     _check_sizes(experiment, mesh)
-    workdir = Path(workdir)
-    _check_workdir(experiment, workdir, resume)
+    folder = as_path(workdir)
+    check_workdir(experiment, folder, resume)
     source = experiment.data()
     example = _example(source, experiment)
-    _open_workdir(experiment, workdir)
-    if on_open is not None:
+    distributed.wait_for_all("the workdir is checked")  # before process 0 writes what the others would find
+    open_workdir(experiment, folder)
+    if on_open is not None and jax.process_index() == 0:
         on_open()
     with ExitStack() as stack:
-        kept = Checkpoints(workdir / CHECKPOINTS, max_to_keep=experiment.max_to_keep, keep_every=experiment.keep_every)
+        kept = Checkpoints(folder / CHECKPOINTS, max_to_keep=experiment.max_to_keep, keep_every=experiment.keep_every)
         checkpoints = stack.enter_context(kept)
-        state, start = _begin(experiment, checkpoints, source, example, mesh)
-        writers = logs.open_writers(workdir, start)
-        progress = logs.Progress(experiment.num_steps, start)
-        for writer in (*writers, progress):
-            stack.callback(writer.close)
+        with stopwatch.during(RESTORE):
+            state, start = _begin(experiment, checkpoints, source, example, mesh)
+        report = _Report(experiment, folder, start, stopwatch)
+        stack.callback(report.close)
         if start:
-            progress.say(f"{experiment.name}: continued from the checkpoint of step {start}")
+            report.say(f"{experiment.name}: continued from the checkpoint of step {start}")
         if start >= experiment.num_steps:
-            progress.say(f"{experiment.name}: all {experiment.num_steps} steps are done")
+            report.say(f"{experiment.name}: all {experiment.num_steps} steps are done")
             return Outcome(state, start, None)
+        report.start()
 
-        step_fn = make_train_step(
-            experiment.method, experiment.optimizers, experiment.ema, accumulate=experiment.accumulate
-        )
-        step_fn = sharding.jit_train_step(step_fn, mesh, sharding.state_shardings(state, mesh))
+        method = sharding.on_mesh(experiment.method, mesh, partition=experiment.partition)
+        step_fn = make_train_step(method, experiment.optimizers, experiment.ema, accumulate=experiment.accumulate)
+        places = sharding.state_shardings(state, mesh, partition=experiment.partition)
+        step_fn = sharding.jit_train_step(step_fn, mesh, places)
         about = {"experiment": experiment.describe(), "batch": example}
-        window = logs.Window(experiment.batch_size)
-        stop = stack.enter_context(_stop_signals())
-        last_saved, previous = start, None
+        stop_at = stack.enter_context(stop_signals())
         for step in range(start + 1, experiment.num_steps + 1):
-            state, metrics = step_fn(state, sharding.put_batch(_next(source, step), mesh))
-            window.add(metrics)
-            progress.advance()
-            # One step late, so that the host never waits for the step it has just sent off.
-            _check_finite(previous, writers, workdir, last_saved)
-            previous = (step, metrics)
+            stopwatch.enter(INPUT)
+            batch = _next(source, step, experiment)
+            waited = stopwatch.enter(STEP if step > start + 1 else COMPILE)
+            state, metrics = step_fn(state, sharding.put_batch(batch, mesh))
+            report.step(step, metrics, batch, waited)
             if step == start + 1:
                 jax.block_until_ready(metrics)
-                progress.say(f"first step after {window.restart_clock():.1f} s, compilation included")
-            stopped = stop()
+                report.first_step()
+            stopped = stop_at(step)
             last = step == experiment.num_steps or stopped is not None
             sample = _due(step, experiment.sample_every, step == experiment.num_steps)
             save = _due(step, experiment.checkpoint_every, last)
-            if sample or save:
-                _check_finite(previous, writers, workdir, last_saved)
-            if _due(step, experiment.log_every, last):
-                scalars = window.summary()
-                _check_finite(previous, writers, workdir, last_saved)
-                for writer in (*writers, progress):
-                    writer.write(step, {name: value for name, value in scalars.items() if name != "finite"})
+            log = _due(step, experiment.log_every, last)
+            if sample or save or log:
+                report.check()
+            if log:
+                report.log()
             if save:
-                _check_params(state, step, workdir, last_saved)
-                checkpoints.save(step, state, data=source.get_state(), **about)
-                last_saved = step
+                with stopwatch.during(SAVE):
+                    report.check_params(state)
+                    checkpoints.save(step, state, data=source.get_state(), **about)
+                    if last:
+                        checkpoints.wait()
+                report.saved()
             if sample and on_sample is not None:
-                on_sample(state, step)
-            if stopped is not None:
-                checkpoints.wait()
-                progress.say(f"stopped by {stopped} after step {step}, saved: the same command goes on from here")
+                with stopwatch.during(SAMPLE):
+                    report.guard("the sample hook", lambda state=state, step=step: on_sample(state, step))
+            if last:
+                report.end(stopped)
                 return Outcome(state, step, stopped)
-        checkpoints.wait()
-        return Outcome(state, experiment.num_steps, None)
+        raise AssertionError("the last step returns")
+
+
+class _Report:
+    """All that a run says and writes besides its checkpoints, so that the loop stays one screen."""
+
+    def __init__(self, experiment: Experiment, folder: Any, start: int, stopwatch: Stopwatch):
+        leads = jax.process_index() == 0
+        self._folder, self._stopwatch = folder, stopwatch
+        self._progress = logs.Progress(experiment.num_steps, start, shown=leads)
+        self.say = self._progress.say
+        self._writers = logs.open_writers(folder, start, self.say)
+        self._record = Record(folder, stopwatch, self.say, shown=leads)
+        self._window = logs.Window(experiment.batch_size, count_skipped=experiment.max_skipped > 0)
+        self._inspector = faults.Inspector(folder / faults.FAULTS, experiment.max_skipped, self.say, start_step=start)
+        self._watchdog: faults.Watchdog | None = None
+        self._step = self._last_saved = start
+
+    def start(self) -> None:
+        self._record.write("start", self._step)
+        self._watchdog = faults.Watchdog(self._stopwatch, self._complain)
+        self._window.restart_clock()
+
+    def step(self, step: int, metrics: Any, batch: Mapping[str, Any], waited: float) -> None:
+        """Takes note of a step that was sent off, and looks at the one before, for which the device need not wait."""
+        self._step = step
+        self._window.add(metrics, waited)
+        self._progress.advance()
+        self.check()
+        self._inspector.sent(step, metrics, batch)
+        if self._watchdog is not None:
+            self._watchdog.step_done(step)
+
+    def first_step(self) -> None:
+        self.say(f"first step after {self._window.restart_clock():.1f} s, compilation included")
+        self._record.write("first step", self._step)
+
+    def check(self) -> None:
+        """Judges the steps that were sent; the last of them must be done for it."""
+        try:
+            self._inspector.look()
+        except faults.NotFiniteError as error:
+            for writer in self._writers:
+                writer.write(error.step, error.scalars)
+            raise FloatingPointError(f"{error}; {self._advice()}") from None
+
+    def log(self) -> None:
+        scalars = self._window.summary()
+        for writer in (*self._writers, self._progress):
+            writer.write(self._step, scalars)
+        self._record.write("alive", self._step)
+
+    def check_params(self, state: TrainState) -> None:
+        """An update can break parameters while loss and gradient are finite; such a state must not be saved."""
+        if not faults.all_finite(state.params):
+            name = faults.first_not_finite(state.params)
+            raise FloatingPointError(
+                f"parameter {name} is not finite after step {self._step}, nothing was saved; {self._advice()}"
+            )
+
+    def saved(self) -> None:
+        self._last_saved = self._step
+        self._record.write("saved", self._step)
+
+    def guard(self, what: str, call: Callable[[], None]) -> None:
+        """A picture is not worth a run: an OSError is said and passed over."""
+        try:
+            call()
+        except OSError as error:
+            self.say(f"{what} failed at step {self._step} ({error}): going on without it")
+
+    def end(self, stopped: str | None) -> None:
+        self._record.write("done" if stopped is None else "stopped", self._step)
+        self.say(self._record.line())
+        if stopped is not None:
+            self.say(f"stopped by {stopped} after step {self._step}, saved: the same command goes on from here")
+
+    def close(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.close()
+        for writer in (*self._writers, self._progress):
+            writer.close()
+
+    def _advice(self) -> str:
+        saved = self._last_saved
+        kept = f"the checkpoint of step {saved} in {self._folder / CHECKPOINTS}" if saved else "no checkpoint yet"
+        return f"last good state: {kept}; lower the learning rate or clip gradients"
+
+    def _complain(self, line: str) -> None:
+        count = jax.process_count()
+        self._progress.shout(line if count == 1 else f"process {jax.process_index()} of {count}: {line}")
 
 
 def enable_compilation_cache(folder: Path) -> None:
@@ -152,7 +244,7 @@ def enable_compilation_cache(folder: Path) -> None:
       ValueError: if the folder cannot be written.
     """
     folder = Path(folder).absolute()
-    _make_folder(folder, "compilation cache")
+    make_folder(folder, "compilation cache")
     from jax.experimental.compilation_cache import compilation_cache
 
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -165,9 +257,10 @@ def _begin(
     experiment: Experiment, checkpoints: Checkpoints, source: BatchSource, example: Mapping[str, Any], mesh: Mesh
 ) -> tuple[TrainState, int]:
     parts = experiment.method, experiment.optimizers, experiment.ema
+    places = {"mesh": mesh, "partition": experiment.partition}
     if not checkpoints.steps():
-        return create_state(*parts, jax.random.key(experiment.seed), example, mesh=mesh), 0
-    like = abstract_state(*parts, example, mesh=mesh)
+        return create_state(*parts, jax.random.key(experiment.seed), example, **places), 0
+    like = abstract_state(*parts, example, **places)
     about = experiment.describe()
     restored = checkpoints.newest(lambda step: checkpoints.restore(step, like, about), set_aside=True)
     source.set_state(restored.data)
@@ -177,7 +270,7 @@ def _begin(
 def _example(source: BatchSource, experiment: Experiment) -> dict[str, np.ndarray]:
     """The first batch, without moving the source."""
     begin = source.get_state()
-    example = {name: np.asarray(value) for name, value in _next(source, 1).items()}
+    example = {name: np.asarray(value) for name, value in _next(source, 1, experiment).items()}
     source.set_state(begin)
     rows = sorted({value.shape[0] if value.ndim else 0 for value in example.values()})
     expected = experiment.batch_size // jax.process_count()
@@ -186,44 +279,23 @@ def _example(source: BatchSource, experiment: Experiment) -> dict[str, np.ndarra
     return example
 
 
-def _next(source: BatchSource, step: int) -> Mapping[str, Any]:
+def _next(source: BatchSource, step: int, experiment: Experiment) -> Mapping[str, Any]:
     try:
-        return next(source)
+        batch = next(source)
     except StopIteration:
         raise ValueError(f"data ended before step {step}: a batch source must be endless, let it repeat") from None
+    classes, labels = experiment.num_classes, batch.get("label")
+    # Checked here, where it is free: the network would answer with NaN, or take the label for the null label.
+    if classes is not None and labels is not None and not (0 <= np.min(labels) and np.max(labels) < classes):
+        raise ValueError(
+            f"labels must be 0 to {classes - 1}, got {np.min(labels)} to {np.max(labels)} in the batch of step {step}; "
+            "mend the data or num_classes"
+        )
+    return batch
 
 
 def _due(step: int, every: int, last: bool) -> bool:
     return every > 0 and (last or step % every == 0)
-
-
-def _check_finite(entry: Any, writers: list[logs.MetricWriter], workdir: Path, last_saved: int) -> None:
-    if entry is None or bool(entry[1]["finite"]):
-        return
-    step = entry[0]
-    scalars = {name: float(value) for name, value in entry[1].items() if name != "finite"}
-    for writer in writers:
-        writer.write(step, scalars)
-    names = sorted((name for name in scalars if "/" in name), key=lambda name: not name.endswith("/loss"))
-    losses = ", ".join(f"{name}={scalars[name]:.4g}" for name in names)
-    raise FloatingPointError(
-        f"step {step} is not finite and was not applied ({losses}); {_advice(workdir, last_saved)}"
-    )
-
-
-def _check_params(state: TrainState, step: int, workdir: Path, last_saved: int) -> None:
-    """An update can break parameters while loss and gradient are finite; such a state must not become a checkpoint."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-        shards = [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
-        if not all(np.isfinite(np.asarray(shard)).all() for shard in shards):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            advice = _advice(workdir, last_saved)
-            raise FloatingPointError(f"parameter {name} is not finite after step {step}, nothing was saved; {advice}")
-
-
-def _advice(workdir: Path, last_saved: int) -> str:
-    kept = f"the checkpoint of step {last_saved} in {workdir / CHECKPOINTS}" if last_saved else "no checkpoint yet"
-    return f"last good state: {kept}; lower the learning rate or clip gradients"
 
 
 def _check_sizes(experiment: Experiment, mesh: Mesh) -> None:
@@ -234,65 +306,3 @@ def _check_sizes(experiment: Experiment, mesh: Mesh) -> None:
             f"batch_size / accumulate is {micro}, which does not divide among {parts} devices (data x fsdp): "
             f"make it a multiple of {parts}, or pass a smaller mesh"
         )
-
-
-def _check_workdir(experiment: Experiment, workdir: Path, resume: bool) -> None:
-    """Refuses a workdir with another run. One that failed before its first log line left nothing worth keeping."""
-    config, checkpoints, metrics = workdir / CONFIG, workdir / CHECKPOINTS, workdir / logs.METRICS
-    saved = checkpoints.is_dir() and any(checkpoints.iterdir())
-    if saved and not resume:
-        raise ValueError(f"workdir {workdir} already holds a run: pass resume=True, or choose another workdir")
-    if not saved and not (metrics.exists() and metrics.stat().st_size):
-        return
-    if not config.exists():
-        raise ValueError(f"workdir {workdir} holds a run but no {CONFIG}: choose another workdir")
-    try:
-        theirs = json.loads(config.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{config} is not JSON: restore it, or choose another workdir") from None
-    differs = difference(experiment.describe(), theirs if isinstance(theirs, dict) else {})
-    if differs:
-        raise ValueError(f"workdir {workdir} holds another run: {differs}; use its settings or another workdir")
-
-
-def _open_workdir(experiment: Experiment, workdir: Path) -> None:
-    _make_folder(workdir, "workdir")
-    if jax.process_index() == 0:
-        scratch = workdir / f"{CONFIG}.new"
-        scratch.write_text(json.dumps(experiment.describe(), indent=2) + "\n")
-        os.replace(scratch, workdir / CONFIG)
-
-
-def _make_folder(folder: Path, what: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{what} {folder} cannot be made: {error.strerror}; choose another folder") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{what} {folder} is not writable: choose another folder")
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], str | None]]:
-    """Turns the first SIGINT or SIGTERM into a flag; yields a function that gives its name. The second one acts."""
-    caught: list[str] = []
-    before: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def catch(number: int, frame: Any) -> None:
-        del frame
-        caught.append(signal.Signals(number).name)
-        restore()
-        # os.write, since print may be interrupted half-way by this very handler.
-        os.write(2, f"\n{caught[0]}: finishing this step and saving; once more to stop at once\n".encode())
-
-    # Python allows handlers in the main thread only; elsewhere signals keep their usual effect.
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: caught[0] if caught else None
-    finally:
-        restore()

@@ -1,21 +1,31 @@
-"""Where arrays live: one mesh of three axes, one rule for parameters, one for batches.
+"""Where arrays live: one mesh of three axes, one rule for the train state, one for batches.
 
 The mesh is always (data, fsdp, tensor); a single device is the 1 x 1 x 1 mesh and takes the same path. Batches are
-split over data and fsdp together, metrics are replicated, and a leaf of the train state is split along its largest
-dimension that fsdp divides, unless it is small. Nothing here computes, and nothing here uses the tensor axis yet.
+split over data and fsdp together, and metrics are replicated. A leaf of the train state is first split by the rules of
+a partition, if there are any (the tensor axis), and then by size: along its largest free dimension that fsdp divides,
+unless it is small. Weights that fsdp splits are gathered where they are used (`on_mesh`). No number is computed here,
+and no network is known: partitions come from `networks/partition.py`.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
+
+from jaxdiff.methods.base import Aux, Batch, Method, Objective, Players
+from jaxdiff.types import Key, Metrics
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 MIN_SIZE = 2**14  # below this many elements the messages cost more than the memory saved
+
+# Rules (regular expression, found anywhere in a leaf's path; axis name or None for each dimension); the first one that
+# matches counts. A dimension left None stays open to the size rule.
+Partition = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -65,38 +75,134 @@ def batch_devices(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def leaf_spec(shape: tuple[int, ...], fsdp: int, *, min_size: int = MIN_SIZE) -> PartitionSpec:
-    """The size rule: split the largest dimension that fsdp divides, the last of equals; leave small leaves whole.
+def partition_spec(
+    path: str, shape: tuple[int, ...], mesh: Mapping[str, int], partition: Partition = (), *, min_size: int = MIN_SIZE
+) -> PartitionSpec:
+    """Where a leaf of a train state lies: the first rule that matches its path, then the size rule on what is left.
+
+    The size rule takes the largest dimension that fsdp divides, the last of equals.
 
     Args:
-      shape: shape of the leaf.
-      fsdp: size of the fsdp axis.
-      min_size: leaves with fewer elements are replicated.
+      path: of the leaf, such as "params/model/conv_in/kernel".
+      shape: of the leaf.
+      mesh: {axis: size}; absent axes have size 1.
+      partition: rules, see `Partition`.
+      min_size: leaves with fewer elements on a device are not split further by fsdp.
+
+    Raises:
+      ValueError: if the rule for a parameter (a path that begins with "params/") has another number of dimensions, or
+        names a dimension that the axis does not divide. Elsewhere such a rule is passed over, because an optimiser
+        may keep moments of another shape under the same name.
     """
-    if fsdp == 1 or int(np.prod(shape)) < min_size:
-        return PartitionSpec()
-    candidates = [(size, axis) for axis, size in enumerate(shape) if size % fsdp == 0]
-    if not candidates:
-        return PartitionSpec()
-    chosen = max(candidates)[1]
-    return PartitionSpec(*(["fsdp" if axis == chosen else None for axis in range(len(shape))]))
+    names = _names_for(path, shape, mesh, partition)
+    sizes = [1 if name is None else mesh.get(name, 1) for name in names]
+    local = tuple(size // parts for size, parts in zip(shape, sizes, strict=True))
+    fsdp = mesh.get("fsdp", 1)
+    if fsdp > 1 and "fsdp" not in names and int(np.prod(local)) >= min_size:
+        free = [(size, axis) for axis, size in enumerate(local) if names[axis] is None and size % fsdp == 0]
+        if free:
+            names[max(free)[1]] = "fsdp"
+    return PartitionSpec(*names) if any(names) else PartitionSpec()
 
 
-def state_shardings(state: PyTree[Any], mesh: Mesh, *, min_size: int = MIN_SIZE) -> PyTree[NamedSharding]:
-    """The size rule applied to every leaf: moments and averages land where their parameters do, having their shapes.
+def device_shape(
+    path: str, shape: tuple[int, ...], mesh: Mapping[str, int], partition: Partition = (), *, min_size: int = MIN_SIZE
+) -> tuple[int, ...]:
+    """The part of a leaf that one device holds; no device is needed to know it. Arguments as in `partition_spec`."""
+    names = partition_spec(path, shape, mesh, partition, min_size=min_size)
+    sizes = [1 if name is None else mesh.get(name, 1) for name in (*names, *[None] * (len(shape) - len(names)))]
+    return tuple(size // parts for size, parts in zip(shape, sizes, strict=True))
+
+
+def state_shardings(
+    state: PyTree[Any], mesh: Mesh, *, partition: Partition = (), min_size: int = MIN_SIZE
+) -> PyTree[NamedSharding]:
+    """`partition_spec` for every leaf: moments and averages land where their parameters do, being named after them.
 
     Args:
       state: a train state, or its `jax.eval_shape`.
       mesh: from `make_mesh`.
-      min_size: see `leaf_spec`.
+      partition: rules for the tensor axis, see `Partition`.
+      min_size: see `partition_spec`.
+
+    Raises:
+      ValueError: if a rule does not fit a parameter.
     """
-    fsdp = mesh.shape["fsdp"]
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf_spec(leaf.shape, fsdp, min_size=min_size)), state)
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, partition_spec(name, leaf.shape, mesh.shape, partition, min_size=min_size))
+
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
-def shard_state(state: PyTree[Any], mesh: Mesh, *, min_size: int = MIN_SIZE) -> PyTree[Any]:
+def shard_state(state: PyTree[Any], mesh: Mesh, *, partition: Partition = (), min_size: int = MIN_SIZE) -> PyTree[Any]:
     """Moves a state to its place on the mesh."""
-    return jax.device_put(state, state_shardings(state, mesh, min_size=min_size))
+    return jax.device_put(state, state_shardings(state, mesh, partition=partition, min_size=min_size))
+
+
+def on_mesh(method: Method, mesh: Mesh, *, partition: Partition = (), min_size: int = MIN_SIZE) -> Method:
+    """The same method, with its weights brought together before they are used.
+
+    What fsdp splits is gathered at the start of every loss and of `generate`, and gradients are added up before they
+    are split again. Left to itself, the compiler gathers the activations of some layers instead. Splits over the other
+    axes stay. A mesh without fsdp gets the method back as it was.
+
+    Args:
+      method: any method.
+      mesh: from `make_mesh`.
+      partition: as given to `state_shardings`.
+      min_size: as given to `state_shardings`.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return method
+
+    def gathered(part: str, tree: PyTree[Any]) -> PyTree[Any]:
+        def gather(path: Any, leaf: Any) -> Any:
+            name = "/".join([part, jax.tree_util.keystr(path, simple=True, separator="/")])
+            spec = partition_spec(name, leaf.shape, mesh.shape, partition, min_size=min_size)
+            if "fsdp" not in spec:
+                return leaf
+            kept = NamedSharding(mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)))
+            return jax.lax.with_sharding_constraint(leaf, kept)
+
+        return jax.tree_util.tree_map_with_path(gather, tree)
+
+    def wrap(objective: Objective) -> Objective:
+        def loss(params: Players, aux: Aux, batch: Batch, key: Key, step: Array) -> tuple[Array, Metrics]:
+            return objective.loss(gathered("params", params), gathered("aux", aux), batch, key, step)
+
+        return objective._replace(loss=loss)
+
+    def generate(params: Players, aux: Aux, *rest: Any) -> Array:
+        return method.generate(gathered("params", params), gathered("aux", aux), *rest)
+
+    return method._replace(objectives=tuple(map(wrap, method.objectives)), generate=generate)
+
+
+def _names_for(path: str, shape: tuple[int, ...], mesh: Mapping[str, int], partition: Partition) -> list[str | None]:
+    """The axis names of the first rule that matches, or None for every dimension."""
+    whole: list[str | None] = [None] * len(shape)
+    for pattern, names in partition:
+        if not re.search(pattern, path):
+            continue
+        named = [name for name in names if name is not None]
+        if not set(named) <= set(AXES) or len(set(named)) != len(named):
+            raise ValueError(f"partition rule {pattern!r} takes each of {', '.join(AXES)} at most once, got {names}")
+        if len(names) != len(shape):
+            problem = f"has {len(names)} dimensions, {path} has {len(shape)}: write one name or None for each"
+        elif bad := [i for i, name in enumerate(names) if name is not None and shape[i] % mesh.get(name, 1)]:
+            name = names[bad[0]]
+            problem = (
+                f"splits dimension {bad[0]} of {path} {list(shape)} by {name}={mesh.get(str(name), 1)}, which does not "
+                "divide it: change the mesh, the width or the rule"
+            )
+        else:
+            return list(names)
+        if path.startswith("params/"):
+            raise ValueError(f"partition rule {pattern!r} {problem}")
+        return whole
+    return whole
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

@@ -73,6 +73,8 @@ def create_state(
     batch: Mapping[str, Any],
     *,
     mesh: Mesh | None = None,
+    partition: sharding.Partition = (),
+    min_size: int = sharding.MIN_SIZE,
 ) -> TrainState:
     """Initialises parameters, optimisers and averages, laid out on the mesh.
 
@@ -83,18 +85,22 @@ def create_state(
       key: typed key; half of it initialises, the other half drives training.
       batch: an example batch, [B, ...] leaves. On several processes `init` must depend on its shapes alone.
       mesh: from `make_mesh`; the first device by default.
+      partition: rules for its tensor axis, see `sharding.Partition`.
+      min_size: see `sharding.partition_spec`.
 
     Returns:
       A state at step 0 in which no buffer occurs twice.
 
     Raises:
-      ValueError: if an optimiser has no player, or a trained player no optimiser or no parameters.
+      ValueError: if an optimiser has no player, or a trained player no optimiser or no parameters, or a rule of the
+        partition does not fit a parameter.
     """
     mesh = sharding.single_device() if mesh is None else mesh
     key_init, key_train = jax.random.split(key)
     params, aux = method.init(key_init, {name: jnp.asarray(value) for name, value in batch.items()})
     build = _builder(method, optimizers, emas)
-    places = sharding.state_shardings(jax.eval_shape(build, params, aux, key_train), mesh)
+    shapes = jax.eval_shape(build, params, aux, key_train)
+    places = sharding.state_shardings(shapes, mesh, partition=partition, min_size=min_size)
     return jax.jit(build, out_shardings=places)(params, aux, key_train)
 
 
@@ -105,6 +111,8 @@ def abstract_state(
     batch: Mapping[str, Any],
     *,
     mesh: Mesh | None = None,
+    partition: sharding.Partition = (),
+    min_size: int = sharding.MIN_SIZE,
 ) -> TrainState:
     """The form of the state that `create_state` would make, without making it: what a checkpoint is restored into.
 
@@ -113,7 +121,9 @@ def abstract_state(
       optimizers: as for `create_state`.
       emas: as for `create_state`.
       batch: an example batch, or its shapes.
-      mesh: from `make_mesh`; the first device by default.
+      mesh: as for `create_state`.
+      partition: as for `create_state`.
+      min_size: as for `create_state`.
 
     Returns:
       A state of `jax.ShapeDtypeStruct`s, each with its sharding.
@@ -128,7 +138,7 @@ def abstract_state(
         return _builder(method, optimizers, emas)(params, aux, key)
 
     shapes = jax.eval_shape(create, jax.random.key(0), dict(batch))
-    places = sharding.state_shardings(shapes, mesh)
+    places = sharding.state_shardings(shapes, mesh, partition=partition, min_size=min_size)
     return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
 
 

@@ -11,7 +11,14 @@ import pytest
 import training_toys as toys
 
 from jaxdiff.training import sharding
-from jaxdiff.training.checkpoint import CheckpointError, CheckpointMismatch, Checkpoints, load_weights
+from jaxdiff.training.checkpoint import (
+    CheckpointError,
+    CheckpointMismatch,
+    Checkpoints,
+    leaf_table,
+    load_weights,
+)
+from jaxdiff.training.digests import json_digest
 from jaxdiff.training.state import create_state
 from jaxdiff.training.step import make_train_step
 
@@ -181,8 +188,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_line(folder, damage, 
     restored = read_newest(folder)
     assert int(restored.state.step) == 2
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("jaxdiff")]
-    assert len(lines) == 1 and lines[0].startswith("checkpoint 3, item ")
-    assert lines[0].endswith("trying the one before") and "\n" not in lines[0] and len(lines[0]) < 320
+    assert len(lines) == 1 and lines[0].startswith("checkpoint 3")
+    assert lines[0].endswith("trying the one before") and "\n" not in lines[0] and len(lines[0]) < 160
     assert (folder / "3").exists()
 
 
@@ -203,24 +210,141 @@ def test_damaged_checkpoints_are_set_aside_so_that_their_steps_can_be_saved_agai
 def test_when_none_can_be_read_nothing_is_touched(folder):
     for step in (1, 2, 3):
         garble_meta(folder / str(step))
-    with pytest.raises(CheckpointError, match=r"none can be read \(tried 3, 2, 1\): start in a new workdir"):
+    with pytest.raises(CheckpointError, match=r"none can be read \(tried 3, 2, 1\): restore a copy"):
         read_newest(folder, set_aside=True)
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
 
 
-def test_a_failed_write_is_an_error_and_leaves_the_older_ones(folder, monkeypatch):
-    with pytest.raises(CheckpointError, match="checkpoint 4, item all: .*not JSON serializable"):
+def test_what_json_cannot_hold_is_an_error_and_leaves_the_older_ones(folder):
+    with pytest.raises(CheckpointError, match="checkpoint 4: .*not JSON serializable"):
         with Checkpoints(folder) as checkpoints:
             checkpoints.save(4, make_state(), data={"step": object()}, experiment=RUN.describe(), batch=EXAMPLE)
             checkpoints.wait()
     assert int(read_newest(folder).state.step) == 3
 
 
+def rewrite(folder, change):
+    """Changes the item `meta` and gives it the digest that belongs to it."""
+    path = folder / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    del meta["digest"]
+    change(meta)
+    path.write_text(json.dumps(meta | {"digest": json_digest(meta)}))
+
+
+def test_a_leaf_that_changed_on_disk_is_named_and_passed_over(folder, caplog):
+    rewrite(folder / "3", lambda meta: meta["leaves"]["ema/edm/model/scale"].update(digest="0" * 16))
+    assert int(read_newest(folder).state.step) == 2
+    said = "checkpoint 3, item state: leaf ema/edm/model/scale is not what was saved: its digest differs; trying the"
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda meta: meta.pop("data_digest"), "item meta: entry 'data_digest' is missing"),
+        (lambda meta: meta.update(step=2), "item meta: was written as step 2: give the folder its old name"),
+        (lambda meta: meta.update(data_digest="0"), "item data: is not what was saved"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself_is_refused(folder, change, reason):
+    rewrite(folder / "3", change)
+    with pytest.raises(CheckpointError, match="^checkpoint 3, " + reason):
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.restore(3, make_state(), RUN.describe())
+
+
+@pytest.mark.parametrize(
+    "old, new", [('"digest"', '"digesu"'), ('"toy"', '"tox"'), ("[3]", "[2]"), ('"digest"', '"x"')]
+)
+def test_any_change_of_meta_is_seen(folder, old, new):
+    path = folder / "3" / "meta" / "metadata"
+    path.write_text(new.join(path.read_text().rsplit(old, 1)))
+    with pytest.raises(CheckpointError, match="^checkpoint 3, item meta: ") as caught:
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.restore(3, make_state(), RUN.describe())
+    assert not isinstance(caught.value, CheckpointMismatch)
+
+
+def without_digests(folder):
+    """The checkpoint as it was written before there were digests."""
+    path = folder / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    for leaf in meta["leaves"].values():
+        del leaf["digest"]
+    path.write_text(json.dumps({name: meta[name] for name in ("experiment", "versions", "batch", "leaves")}))
+
+
+def test_checkpoints_without_digests_are_restored_with_a_warning(folder, caplog):
+    without_digests(folder / "3")
+    restored = read_newest(folder)
+    assert int(restored.state.step) == 3 and restored.data == {"step": 3}
+    assert caplog.text.count("checkpoint 3 carries no digests: what it holds is not verified") == 1
+    assert load_weights(RUN, folder)[1] == 3
+
+
+GAN = toys.experiment(
+    method=toys.gan(), optimizers={"model": optax.adam(0.1), "disc": optax.sgd(0.1)}, config={"gan": True}
+)
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda state: {"params": state.params},
+        lambda state: {"params": {"disc": state.params["disc"]}},
+        lambda state: {"ema": {"slow": {"model": state.ema["slow"]["model"]}}, "step": state.step},
+        lambda state: {"ema": {"edm": state.ema["edm"]}, "key": state.key},
+        lambda state: {"opt_state": {"model": state.opt_state["model"]}},
+        lambda state: {"aux": state.aux, "ema": {}},
+    ],
+    ids=["parameters", "one player", "a player's average", "one average", "an optimiser", "aux"],
+)
+def test_a_part_comes_alone_and_only_its_digests_count(tmp_path, choose):
+    state = make_state(GAN)
+    part = choose(state)
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state, GAN)
+    asked = set(leaf_table(part))
+
+    def spoil(meta):
+        for path, leaf in meta["leaves"].items():
+            leaf["digest"] = leaf["digest"] if path in asked else "0" * 16
+
+    rewrite(tmp_path / "1", spoil)
+    shutil.rmtree(tmp_path / "1" / "data")
+    with Checkpoints(tmp_path) as checkpoints:
+        back = checkpoints.restore_part(1, part, GAN.describe())
+        with pytest.raises(CheckpointError, match="leaf .* is not what was saved"):
+            checkpoints.restore(1, state, GAN.describe())
+    assert jax.tree.structure(back) == jax.tree.structure(part)
+    for path, value in toys.leaves(part).items():
+        np.testing.assert_array_equal(toys.leaves(back)[path], value, err_msg=path)
+
+
+def test_a_part_must_be_complete_and_fit(tmp_path):
+    state = make_state(GAN)
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, state, GAN)
+
+        def ask(like):
+            return checkpoints.restore_part(1, like, GAN.describe())
+
+        with pytest.raises(CheckpointMismatch, match="leaf params/model/shift is not expected"):
+            ask({"params": {"model": {"scale": state.params["model"]["scale"]}}})
+        with pytest.raises(CheckpointMismatch, match="leaf params/teacher/scale is missing"):
+            ask({"params": {"teacher": state.params["model"]}})
+        with pytest.raises(CheckpointMismatch, match="leaf parameters/disc/weights is missing"):
+            ask({"parameters": state.params})
+        with pytest.raises(CheckpointMismatch, match="of another experiment"):
+            checkpoints.restore_part(1, {"params": state.params}, RUN.describe())
+
+
 def test_asking_for_what_is_not_there(tmp_path, folder):
-    with pytest.raises(CheckpointError, match=r"checkpoint 7, item all: does not exist: \[1, 2, 3\] do"):
+    with pytest.raises(CheckpointError, match=r"^checkpoint 7: does not exist, \[1, 2, 3\] do: choose one"):
         load_weights(RUN, folder, step=7)
-    with pytest.raises(CheckpointError, match="there is no folder .*: train first"):
+    with pytest.raises(CheckpointError, match="^there is no folder .*: train first"):
         load_weights(RUN, tmp_path / "nowhere")
     (tmp_path / "hollow").mkdir()
-    with pytest.raises(CheckpointError, match="no checkpoint in .*: train first"):
+    with pytest.raises(CheckpointError, match="^no checkpoint in .*: train first"):
         load_weights(RUN, tmp_path / "hollow")

@@ -113,7 +113,7 @@ def test_training_works_outside_the_main_thread(tmp_path):
 
 @pytest.mark.parametrize(("bad", "kept"), [(4, 4), (5, 4), (0, None)])
 def test_a_step_that_is_not_finite_stops_the_run_by_its_number(tmp_path, bad, kept):
-    experiment = toys.experiment(20, data=lambda: toys.Points(bad_batch=bad))
+    experiment = toys.experiment(20, data=lambda: toys.Points(bad=(bad,)))
     last = f"the checkpoint of step {kept} in" if kept else "no checkpoint yet"
     with pytest.raises(FloatingPointError) as caught:
         run(tmp_path, experiment=experiment)
@@ -155,7 +155,7 @@ def test_logs_are_means_over_their_window(tmp_path):
     run(tmp_path, experiment=experiment, on_sample=lambda state, step: state_of.update({step: float(state.step)}))
     lines = entries(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 5]
-    names = {"model/loss", "model/grad_norm", "error", "scale", "steps_per_s", "examples_per_s"}
+    names = {"model/loss", "model/grad_norm", "error", "scale", "steps_per_s", "examples_per_s", "input_s"}
     assert set(lines[0]) == {"step", *names}
     single = entries_of_single_steps(tmp_path)
     for start, line in zip((0, 2, 4), lines, strict=True):

@@ -19,18 +19,24 @@ from jaxdiff.training.experiment import Experiment
 
 
 class Points:
-    """Batch n is drawn from a generator seeded with n, so the order of the data is its own number."""
+    """Batch n is drawn from a generator seeded with n, so the order of the data is its own number.
 
-    def __init__(self, batch_size=8, bad_batch=None, delay=0.0):
-        self.batch_size, self.bad_batch, self.delay, self.step = batch_size, bad_batch, delay, 0
+    Of a global batch, host h of H gives the h-th block of rows. `bad` are the batches that have a NaN.
+    """
+
+    def __init__(self, batch_size=8, bad=(), delay=0.0, host=0, num_hosts=1):
+        self.batch_size, self.bad, self.delay, self.step = batch_size, bad, delay, 0
+        share = batch_size // num_hosts
+        self.rows = slice(host * share, (host + 1) * share)
 
     def __next__(self):
         time.sleep(self.delay)
         draw = np.random.default_rng(self.step)
         x = draw.normal(size=(self.batch_size, 3)).astype(np.float32)
-        if self.step == self.bad_batch:
+        if self.step in self.bad:
             x[0, 0] = np.nan
         self.step += 1
+        x = x[self.rows]
         return {"x0": x, "target": x @ np.float32([1.0, -2.0, 0.5])}
 
     def get_state(self):
