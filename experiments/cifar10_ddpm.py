@@ -17,6 +17,7 @@ from jaxdiff.evaluation import Evaluation
 from jaxdiff.methods.ddpm import chain_denoiser, ddpm
 from jaxdiff.metrics.bits_per_dim import bits_per_dim
 from jaxdiff.metrics.pixels import pixel_extractor
+from jaxdiff.networks import partition
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.unet import example_inputs
 from jaxdiff.networks.unet_presets import ddpm_unet
@@ -77,6 +78,7 @@ def build(
             "model": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.linear_schedule(0.0, lr, warmup)))
         },
         ema=(ema.constant("ema", ema_decay),),
+        partition=partition.UNET,
         sample_shape=(size, size, 3),
         num_classes=None,
         batch_size=batch_size,

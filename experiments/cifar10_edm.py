@@ -15,6 +15,7 @@ from jaxdiff.data.pipeline import batches
 from jaxdiff.evaluation import Evaluation
 from jaxdiff.methods.edm import edm
 from jaxdiff.metrics.pixels import pixel_extractor
+from jaxdiff.networks import partition
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.unet import example_inputs
 from jaxdiff.networks.unet_presets import iddpm_unet
@@ -61,6 +62,7 @@ def build(
         ),
         optimizers={"model": optax.adam(optax.linear_schedule(0.0, lr, ramp_up))},
         ema=(ema.half_life("ema", ema_images),),
+        partition=partition.UNET,
         sample_shape=(size, size, 3),
         num_classes=None,
         batch_size=batch_size,

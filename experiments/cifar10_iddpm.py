@@ -19,6 +19,7 @@ from jaxdiff.evaluation import Evaluation
 from jaxdiff.methods.ddpm import Loss, chain_denoiser, ddpm
 from jaxdiff.metrics.bits_per_dim import bits_per_dim
 from jaxdiff.metrics.pixels import pixel_extractor
+from jaxdiff.networks import partition
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.unet import example_inputs
 from jaxdiff.networks.unet_presets import iddpm_unet
@@ -80,6 +81,7 @@ def build(
         ),
         optimizers={"model": optax.adam(lr)},
         ema=(ema.constant("ema", ema_decay),),
+        partition=partition.UNET,
         sample_shape=(size, size, 3),
         num_classes=None,
         batch_size=batch_size,

@@ -16,6 +16,7 @@ from jaxdiff.data.pipeline import batches
 from jaxdiff.evaluation import Evaluation
 from jaxdiff.methods.ddpm import ddpm
 from jaxdiff.metrics.digits import digits_extractor
+from jaxdiff.networks import partition
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.unet import UNet, example_inputs
 from jaxdiff.training import ema
@@ -69,6 +70,7 @@ def build(
         data=lambda: batches(digits("train"), batch_size=batch_size, seed=seed),
         optimizers={"model": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))},
         ema=(ema.warmup("ema", ema_decay),),
+        partition=partition.UNET,
         sample_shape=(8, 8, 1),
         num_classes=10,
         batch_size=batch_size,

@@ -17,6 +17,7 @@ from jaxdiff.data.pipeline import batches
 from jaxdiff.evaluation import Evaluation
 from jaxdiff.methods.ddpm import Loss, ddpm
 from jaxdiff.metrics.pixels import pixel_extractor
+from jaxdiff.networks import partition
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.unet import example_inputs
 from jaxdiff.networks.unet_presets import adm_unet
@@ -68,6 +69,7 @@ def build(
         ),
         optimizers={"model": optax.adamw(lr, weight_decay=0.0)},
         ema=(ema.constant("ema", ema_decay),),
+        partition=partition.UNET,
         sample_shape=(size, size, 3),
         num_classes=1000,
         batch_size=batch_size,

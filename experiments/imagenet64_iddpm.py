@@ -17,6 +17,7 @@ from jaxdiff.evaluation import Evaluation
 from jaxdiff.methods.ddpm import Loss, chain_denoiser, ddpm
 from jaxdiff.metrics.bits_per_dim import bits_per_dim
 from jaxdiff.metrics.pixels import pixel_extractor
+from jaxdiff.networks import partition
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.unet import example_inputs
 from jaxdiff.networks.unet_presets import iddpm_unet
@@ -74,6 +75,7 @@ def build(
         data=lambda: batches(source("train"), batch_size=batch_size, seed=seed, augment=[], prefetch=4),
         optimizers={"model": optax.adam(lr)},
         ema=(ema.constant("ema", ema_decay),),
+        partition=partition.UNET,
         sample_shape=(size, size, 3),
         num_classes=num_classes,
         batch_size=batch_size,

@@ -15,6 +15,7 @@ from jaxdiff.data.pipeline import batches
 from jaxdiff.evaluation import Evaluation
 from jaxdiff.methods.ddpm import Loss, ddpm
 from jaxdiff.metrics.pixels import pixel_extractor
+from jaxdiff.networks import partition
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.unet import example_inputs
 from jaxdiff.networks.unet_presets import adm_unet
@@ -61,6 +62,7 @@ def build(
         data=lambda: batches(source("train"), batch_size=batch_size, seed=seed, augment=[], prefetch=4),
         optimizers={"model": optax.adamw(lr, weight_decay=0.0)},
         ema=(ema.constant("ema", ema_decay),),
+        partition=partition.UNET,
         sample_shape=(size, size, 3),
         num_classes=None,
         batch_size=batch_size,

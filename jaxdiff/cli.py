@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, compare, info.
+"""The command line: train, sample, evaluate, compare, freeze, info, profile, checkpoint.
 
 It reads arguments, calls the library and prints. Whatever a person can put right is one line on standard error and
 exit code 2, before any work is lost; JAXDIFF_TRACEBACK=1 shows where it came from.
@@ -7,80 +7,23 @@ exit code 2, before any work is lost; JAXDIFF_TRACEBACK=1 shows where it came fr
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from jaxdiff.settings import UsageError, convert, first_line, hint, mesh_sizes
+from jaxdiff.arguments import Parser, number, whole
+from jaxdiff.settings import first_line, mesh_sizes
 
 EXAMPLES = """examples:
   jaxdiff train experiments/digits_ddpm.py --workdir runs/digits --set num_steps=2000
   jaxdiff sample runs/digits --num 64 --steps 20 --solver dpmpp_2m --out grid.png
   jaxdiff evaluate runs/digits --num 1024 --steps 50
   jaxdiff compare runs/digits --calls 50,20,10,1
-  jaxdiff info experiments/cifar10_ddpm.py --mesh data=4,fsdp=2"""
+  jaxdiff info experiments/cifar10_ddpm.py --mesh data=4,fsdp=2
+  jaxdiff checkpoint verify runs/digits"""
 SOLVERS = """solvers:
   ancestral, ddim, euler, heun, dpm_2m, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3s, pndm, unipc
   A step is one call of the network; with heun it is two, and one in the last step."""
 METRICS = """metrics:
   frechet, kernel, precision, recall, density, coverage, inception_score, accuracy, nearest"""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, spelling hints, and no abbreviations: they break when an option is added."""
-
-    def __init__(self, prog: str, *, description: str = "", epilog: str = ""):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=False)
-
-    def parse_known_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else list(args)
-        commands = next((a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
-        if commands and words and not words[0].startswith("-") and words[0] not in commands:
-            raise UsageError(f"unknown command {words[0]!r}; {hint(words[0], commands)}")
-        known = self._option_string_actions
-        for word in words[:1] if commands else words:
-            name = word.partition("=")[0]
-            if name.startswith("--") and name != "--" and name not in known:
-                raise UsageError(f"{self.prog} has no option {name}; {hint(name, [o for o in known if o[:2] == '--'])}")
-        found, rest = super().parse_known_args(words, namespace)
-        if rest:
-            raise UsageError(f"{self.prog} has no use for {rest[0]!r}; leave it out, or see {self.prog} --help")
-        return found, rest
-
-    def error(self, message: str):
-        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
-
-
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """The type of an option that takes whole numbers from low to high."""
-    wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
-
-    def parse(text: str) -> int:
-        try:
-            value = convert(text, int)
-        except ValueError:
-            value = low - 1
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"expected a whole number {wanted}, got {text!r}")
-        return value
-
-    return parse
-
-
-def number(low: float | None = None, high: float | None = None) -> Callable[[str], float]:
-    """The type of an option that takes finite numbers, from low to high if these are given."""
-    wanted = "a finite number" if low is None else f"a number from {low:g} to {high:g}"
-
-    def parse(text: str) -> float:
-        try:
-            value = convert(text, float)
-        except ValueError:
-            value = float("nan")
-        if not (low is None or low <= value) or not (high is None or value <= high) or value != value:
-            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
-        return value
-
-    return parse
 
 
 def parser() -> Parser:
@@ -94,8 +37,9 @@ def parser() -> Parser:
     train = command("train", "train an experiment, or go on with a run that was stopped")
     _experiment(train)
     train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run: checkpoints, logs, pictures")
+    _devices(train)
 
-    sample = command("sample", "draw samples from a run", SOLVERS)
+    sample = command("sample", "draw samples from a run, or from a file that `freeze` wrote", SOLVERS)
     _sampling(sample, num=64)
     sample.add_argument("--out", required=True, metavar="PATH", help="grid (.png), arrays (.npz), or a folder of PNGs")
     sample.add_argument("--overwrite", action="store_true", help="replace the samples that lie there")
@@ -111,7 +55,31 @@ def parser() -> Parser:
         "--calls", metavar="NUMBERS", help="of the network, comma-separated (default: the experiment's)"
     )
 
+    freeze = command("freeze", "write a sampler and its weights into one file that `sample` runs anywhere", SOLVERS)
+    freeze.add_argument("run_folder", metavar="RUN", help="folder of a run")
+    _sampler(freeze, eta=False)
+    freeze.add_argument(
+        "--batch-size", type=whole(1), metavar="N", help="of every call (default: chosen when the file is run)"
+    )
+    freeze.set_defaults(guidance=None, label=None)
+    freeze.add_argument("--out", required=True, metavar="FILE", help="where the sampler goes, such as digits.jaxdiff")
+    freeze.add_argument("--overwrite", action="store_true", help="replace the file that lies there")
+
     _experiment(command("info", "parameters, FLOPs a step, bytes a device; nothing is allocated"))
+
+    profile = command("profile", "time, FLOPs, bytes and MFU of the train step and of a network call")
+    _experiment(profile)
+    profile.add_argument("--steps", type=whole(1), default=10, metavar="N", help="timed repetitions (default: 10)")
+    profile.add_argument("--trace", metavar="DIR", help="write a profiler trace there")
+    profile.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
+    _devices(profile)
+
+    checkpoint = command("checkpoint", "what checkpoints hold, and whether every leaf is as it was written")
+    checkpoint.add_argument(
+        "action", choices=("inspect", "verify"), help="describe them, or read and check all of them"
+    )
+    checkpoint.add_argument("folder", metavar="DIR", help="folder of a run, or its checkpoints")
+    checkpoint.add_argument("--step", type=whole(0), metavar="N", help="verify this one only (default: all)")
     return top
 
 
@@ -122,22 +90,39 @@ def _experiment(command: Parser) -> None:
     command.add_argument("--mesh", default="", help=f"devices by axis, such as data=4,fsdp=2 (default: {devices})")
 
 
+def _devices(command: Parser) -> None:
+    command.add_argument(
+        "--cpu-devices", type=whole(1), metavar="N", help="share batches among N devices of a CPU, one for each core"
+    )
+    command.add_argument(
+        "--distributed", choices=("auto", "off"), default="auto",
+        help="join the other processes if the environment names them (TPU pod, Slurm, Open MPI, JAXDIFF_COORDINATOR)",
+    )  # fmt: skip
+
+
 def _sampling(command: Parser, num: int | None, grid: bool = True) -> None:
-    command.add_argument("run_folder", metavar="RUN", help="folder of a run")
+    what = "folder of a run" if num is None else "folder of a run, or a frozen sampler (.jaxdiff)"
+    command.add_argument("run_folder", metavar="RUN", help=what)
     usual = "the experiment's" if num is None else num
     command.add_argument("--num", type=whole(1), default=num, metavar="N", help=f"number of samples (default: {usual})")
-    if grid:
-        command.add_argument("--steps", type=whole(1), metavar="S", help="solver steps (default: the method's)")
-        command.add_argument("--solver", metavar="NAME", help="name of a solver (default: the method's)")
-        command.add_argument(
-            "--eta", type=number(0.0, 1.0), help="noise of ddim, 0 to 1: none to that of ancestral (default: 0)"
-        )
+    _sampler(command, grid)
     command.add_argument("--guidance", type=number(), metavar="W", help="classifier-free guidance scale; 1 is none")
     command.add_argument("--class", type=whole(0), dest="label", metavar="C", help="one class (default: all in turn)")
     command.add_argument(
         "--seed", type=whole(0, 2**32 - 1), default=0, metavar="K", help="of all that is drawn (default: 0)"
     )
-    command.add_argument("--batch-size", type=whole(1), default=256, metavar="N", help="samples at once (default: 256)")
+    command.add_argument("--batch-size", type=whole(1), metavar="N", help="samples at once (default: 256)")
+    _devices(command)
+
+
+def _sampler(command: Parser, grid: bool = True, eta: bool = True) -> None:
+    if grid:
+        command.add_argument("--steps", type=whole(1), metavar="S", help="solver steps (default: the method's)")
+        command.add_argument("--solver", metavar="NAME", help="name of a solver (default: the method's)")
+    if grid and eta:
+        command.add_argument(
+            "--eta", type=number(0.0, 1.0), help="noise of ddim, 0 to 1: none to that of ancestral (default: 0)"
+        )
     command.add_argument("--ema", metavar="NAME", help="which average to use, or raw (default: the last one)")
     command.add_argument("--experiment", metavar="FILE", help="experiment file, if it has moved")
 
@@ -145,11 +130,13 @@ def _sampling(command: Parser, num: int | None, grid: bool = True) -> None:
 def _run(args: argparse.Namespace) -> int:
     from jaxdiff import commands
 
+    if hasattr(args, "distributed"):
+        commands.open_devices(args.cpu_devices, args.distributed)
     if args.command == "train":
-        return commands.train(args.file, Path(args.workdir), args.set, mesh_sizes(args.mesh))
+        return commands.train(args.file, args.workdir, args.set, mesh_sizes(args.mesh))
     if args.command == "info":
         return commands.info(args.file, args.set, mesh_sizes(args.mesh))
-    return {"sample": commands.sample, "evaluate": commands.evaluate, "compare": commands.compare}[args.command](args)
+    return getattr(commands, args.command)(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

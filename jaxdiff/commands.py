@@ -4,60 +4,79 @@ Each checks everything that can be wrong before it starts to work, prints what i
 """
 
 import argparse
+import collections
 import json
-import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+from jaxdiff import frozen, inspection, pictures, profiling, runs
 from jaxdiff import info as costs
-from jaxdiff import pictures, runs
+from jaxdiff.drawing import Drawing, use_cache, warn
 from jaxdiff.evaluation import BITS, FLOOR_SUBSETS, Evaluation, check_metrics, mean, table
-from jaxdiff.generate import Dials, Generate, batches, compiled, labels_for, whole_batch
+from jaxdiff.generate import batches, compiled, labels_for
 from jaxdiff.metrics.evaluate import METRICS, Reference, Result
 from jaxdiff.metrics.evaluate import evaluate as evaluate_samples
-from jaxdiff.settings import UsageError, first_line, hint
+from jaxdiff.settings import UsageError, hint, mesh_sizes
 from jaxdiff.solvers.named import NamedSolver, named_solver
-from jaxdiff.training import loop, sharding
+from jaxdiff.training import distributed, loop, sharding
+from jaxdiff.training.checkpoint import as_path
 from jaxdiff.training.experiment import Experiment
 
 GRID_IMAGES = 64
-Plan = tuple[NamedSolver | None, int | None]
+FROZEN = ".jaxdiff"
 
 
-def train(file: str, workdir: Path, pairs: list[str], mesh: dict[str, int]) -> int:
+def open_devices(cpu_devices: int | None, mode: Literal["auto", "off"]) -> None:
+    """Sets the number of CPU devices and joins other processes; must come before anything touches a device."""
+    if cpu_devices is not None:
+        try:
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
+        except RuntimeError:  # the devices are there already, in a notebook or a test
+            if jax.local_device_count() != cpu_devices:
+                raise UsageError(
+                    f"--cpu-devices {cpu_devices} comes too late, {jax.local_device_count()} are in use; leave it out"
+                ) from None
+    distributed.start(mode)
+
+
+def train(file: str, workdir: str, pairs: list[str], mesh: dict[str, int]) -> int:
     """`jaxdiff train`: trains, or goes on from the newest checkpoint of the workdir."""
     experiment = runs.experiment_from(file, pairs)
-    runs.check_workdir(workdir)
-    mesh_of_run = sharding.make_mesh(mesh.get("data", -1), mesh.get("fsdp", 1), mesh.get("tensor", 1))
-    changed = runs.changed(workdir, file)
+    folder = as_path(workdir)
+    runs.check_workdir(folder)
+    mesh_of_run = _mesh(mesh)
+    changed = runs.changed(folder, file)
 
     def open_workdir():
-        _warn(changed)
-        runs.write_record(workdir, file, experiment)
+        warn(changed)
+        runs.write_record(folder, file, experiment)
 
     use_cache()
-    hook = preview(experiment, workdir)
+    hook = preview(experiment, folder, mesh_of_run)
     outcome = loop.train(experiment, workdir, mesh=mesh_of_run, on_sample=hook, on_open=open_workdir)
     return 0 if outcome.stopped is None else 130
 
 
-def preview(experiment: Experiment, workdir: Path) -> loop.SampleHook | None:
+def preview(experiment: Experiment, workdir: Any, mesh: Mesh) -> loop.SampleHook | None:
     """A hook that writes `samples/STEP.png`: the same noise every time, so that pictures can be compared.
+
+    All processes draw, process 0 writes.
 
     Returns:
       The hook, or None where examples make no picture (latents, text).
     """
     if not pictures.drawable(experiment.sample_shape):
         return None
-    generate = compiled(experiment.method, num_steps=experiment.preview_steps)
+    generate = compiled(
+        experiment.method, num_steps=experiment.preview_steps, mesh=mesh, partition=experiment.partition
+    )
     labels = labels_for(GRID_IMAGES, experiment.num_classes)
 
     def hook(state, step):
@@ -65,26 +84,71 @@ def preview(experiment: Experiment, workdir: Path) -> loop.SampleHook | None:
         params = {**state.params, **(averages[-1] if averages else {})}
         parts = batches(
             generate, params, state.aux, shape=experiment.sample_shape, labels=labels, num=GRID_IMAGES,
-            batch_size=GRID_IMAGES,
+            batch_size=GRID_IMAGES, mesh=mesh,
         )  # fmt: skip
-        picture = pictures.picture(np.concatenate(list(parts)))
-        pictures.save_png(workdir / "samples" / f"{step:08d}.png", picture)
+        samples = np.concatenate(list(parts))
+        if jax.process_index() == 0:
+            pictures.save_png(workdir / "samples" / f"{step:08d}.png", pictures.picture(samples))
 
     return hook
 
 
 def sample(args: argparse.Namespace) -> int:
     """`jaxdiff sample`: draws samples and writes them where `--out` says."""
+    if Path(args.run_folder).suffix == FROZEN:
+        return _sample_frozen(args)
     out, plan = Path(args.out), (_solver(args), args.steps)
     drawn = Drawing(args)
-    try:
-        pictures.check_target(out, drawn.experiment.sample_shape, overwrite=args.overwrite)
-    except ValueError as error:
-        raise UsageError(f"--out {error}") from error
+    _check_out(out, drawn.experiment.sample_shape, args.overwrite)
     drawn.load([plan])
     parts, labels = drawn.parts(*plan, args.num)
+    if not _leads():
+        collections.deque(parts, maxlen=0)  # all processes draw, one writes
+        return 0
     count = pictures.save_samples(out, parts, labels)
     print(f"{count} samples of {drawn.what} in {out}")
+    return 0
+
+
+def _sample_frozen(args: argparse.Namespace) -> int:
+    for option in ("steps", "solver", "ema", "experiment"):
+        if getattr(args, option) is not None:
+            raise UsageError(f"--{option} is fixed in a frozen sampler; leave it out, or freeze another one")
+    out, sampler = Path(args.out), frozen.load(args.run_folder)
+    about = sampler.about
+    _check_out(out, tuple(about["sample_shape"]), args.overwrite)
+    use_cache()
+    parts = frozen.run(
+        sampler, args.num, seed=args.seed, label=args.label, guidance=args.guidance, eta=args.eta,
+        batch_size=args.batch_size,
+    )  # fmt: skip
+    count = pictures.save_samples(out, parts, labels_for(args.num, about["num_classes"], args.label))
+    print(f"{count} samples of {about['experiment']}, step {about['step']}, parameters {about['average']} in {out}")
+    return 0
+
+
+def _check_out(out: Path, shape: tuple[int, ...], overwrite: bool) -> None:
+    try:
+        pictures.check_target(out, shape, overwrite=overwrite)
+    except ValueError as error:
+        raise UsageError(f"--out {error}") from error
+
+
+def freeze(args: argparse.Namespace) -> int:
+    """`jaxdiff freeze`: writes a sampler and its weights into one file."""
+    out, solver = Path(args.out), None if args.solver is None else named_solver(args.solver)
+    if out.suffix != FROZEN:
+        raise UsageError(f"--out {out} ends in {out.suffix!r}, expected {FROZEN}; write {out.with_suffix(FROZEN)}")
+    if out.exists() and not args.overwrite:
+        raise UsageError(f"--out {out} exists; choose another name or add --overwrite")
+    drawn = Drawing(args)
+    drawn.load([(solver, args.steps)])
+    sampler = frozen.freeze(
+        drawn.experiment, drawn.params, drawn.aux, solver=solver, num_steps=args.steps, batch_size=args.batch_size,
+        step=drawn.step, average=drawn.average,
+    )  # fmt: skip
+    frozen.save(sampler, out, overwrite=args.overwrite)
+    print(f"{drawn.what}, {out.stat().st_size / 1e6:.1f} MB, for {', '.join(sampler.about['platforms'])} in {out}")
     return 0
 
 
@@ -106,6 +170,8 @@ def evaluate(args: argparse.Namespace) -> int:
         results |= evaluate_samples(samples, labels, reference, of_samples)
     if BITS in names:
         results[BITS] = evaluation.bits_per_dim(drawn.params, num, seed=args.seed)
+    if not _leads():
+        return 0
     about = drawn.about(solver, args.steps)
     options = ", ".join(
         f"{name} {value}" for name, value in about.items() if name not in ("what", "time") and value is not None
@@ -113,7 +179,7 @@ def evaluate(args: argparse.Namespace) -> int:
     print(f"{drawn.what}; {options}")
     for result in results.values():
         print(f"  {result}")
-    _append(Path(args.run_folder) / "evaluations.jsonl", about, results)
+    _append(as_path(args.run_folder) / "evaluations.jsonl", about, results)
     return 0
 
 
@@ -125,7 +191,7 @@ def compare(args: argparse.Namespace) -> int:
     evaluation = evaluation_of(drawn.experiment)
     solvers = solvers or [named_solver(name) for name in evaluation.solvers]
     plan = [(solver, solver.steps(most)) for solver in solvers for most in calls or evaluation.calls]
-    names, num, folder = evaluation.metrics, args.num or evaluation.num, Path(args.run_folder)
+    names, num, folder = evaluation.metrics, args.num or evaluation.num, as_path(args.run_folder)
     drawn.load([*plan, (None, None)])
     reference = _reference(evaluation, drawn.experiment, names, num)
     floor = evaluation.floor(reference, names, num)
@@ -136,7 +202,7 @@ def compare(args: argparse.Namespace) -> int:
         try:
             samples, labels = drawn.draw(solver, steps, num * evaluation.sets, quiet=True)
         except FloatingPointError as error:
-            _warn(f"{solver.name}, {steps} steps: {error}")
+            warn(f"{solver.name}, {steps} steps: {error}")
         else:
             sets = [slice(i * num, (i + 1) * num) for i in range(evaluation.sets)]
             judged = (
@@ -145,15 +211,19 @@ def compare(args: argparse.Namespace) -> int:
             results = mean(list(judged))
             strips.append(samples[: min(drawn.experiment.num_classes or 8, 16)])
         rows.append(_row(solver.name, solver.calls(steps), num, results, names))
+        if not _leads():
+            continue
         if not sys.stderr.isatty():
             values = " ".join(f"{name} {result.value:.4g}" for name, result in results.items()) or "not finite"
             print(f"{solver.name}, {solver.calls(steps)} network calls: {values}", file=sys.stderr)
         _append(folder / "evaluations.jsonl", drawn.about(solver, steps), results)
+    grid, _ = drawn.draw(None, None, GRID_IMAGES, quiet=True)
+    if not _leads():
+        return 0
     sets = f" A row is the mean of {evaluation.sets} sets of {num} samples." if evaluation.sets > 1 else ""
     text = f"{table(rows)}\n\n{drawn.what}, seed {args.seed}.{sets} {_note(floor)}\n"
     (folder / "compare.md").write_text(text)
     print(text)
-    grid, _ = drawn.draw(None, None, GRID_IMAGES, quiet=True)
     pictures.save_png(folder / "grid.png", pictures.picture(grid))
     if strips:
         pictures.save_png(folder / "compare.png", pictures.picture(np.concatenate(strips), len(strips[0])))
@@ -168,74 +238,22 @@ def info(file: str, pairs: list[str], mesh: dict[str, int]) -> int:
     return 0
 
 
-class Drawing:
-    """A run opened for sampling with the options of the command line: experiment, weights, compiled samplers.
+def profile(args: argparse.Namespace) -> int:
+    """`jaxdiff profile`: measures the train step and a step of the sampler."""
+    experiment = runs.experiment_from(args.file, args.set)
+    rows = profiling.profile(experiment, _mesh(mesh_sizes(args.mesh)), steps=args.steps, trace=args.trace)
+    print(profiling.json_lines(rows) if args.json else profiling.describe(rows))
+    return 0
 
-    Making it opens the run and checks the options; `load` reads the weights and checks what will be drawn.
-    """
 
-    def __init__(self, args: argparse.Namespace):
-        self.experiment = runs.open_run(args.run_folder, args.experiment)
-        runs.average_name(self.experiment, args.ema)
-        labels_for(1, self.experiment.num_classes, args.label)
-        if args.guidance is not None and self.experiment.num_classes is None:
-            raise UsageError(f"--guidance needs classes, {self.experiment.name} has none; leave --guidance out")
-        eta = getattr(args, "eta", None)
-        self.dials = Dials(*(None if value is None else jnp.float32(value) for value in (args.guidance, eta)))
-        self.args = args
-        self._samplers: dict[Plan, Generate] = {}
-
-    def load(self, plans: Sequence[Plan]) -> None:
-        """Reads the weights of the newest checkpoint, and traces what is planned: what does not fit fails here."""
-        use_cache()
-        self.mesh = sharding.make_mesh()
-        loaded = runs.weights_of(self.experiment, self.args.run_folder, self.args.ema, self.mesh)
-        self.params, self.aux, step, average = loaded
-        self.what = f"{self.experiment.name}, step {step}, parameters {average}"
-        noise = jax.ShapeDtypeStruct((1, *self.experiment.sample_shape), np.float32)
-        labels = labels_for(1, self.experiment.num_classes, self.args.label)
-        cond = {} if labels is None else {"label": jax.ShapeDtypeStruct((1,), np.int32)}
-        # A step costs the same trace whatever the number of steps, so only the longest grid of a solver is tried.
-        longest = {plan[0]: plan for plan in sorted(plans, key=lambda plan: plan[1] or 0)}
-        for solver, steps in longest.values():
-            try:
-                generate = compiled(self.experiment.method, solver=solver, num_steps=steps)
-                jax.eval_shape(generate, self.params, self.aux, jax.random.key(0), noise, cond, self.dials)
-            except ValueError as error:
-                which = "" if solver is None else f" and solver {solver.name}"
-                asked = f"{self.experiment.name} cannot be sampled with {steps or 'the usual number of'} steps{which}"
-                raise UsageError(f"{asked}: {first_line(error)}") from error
-        _warn(runs.changed(Path(self.args.run_folder), runs.source_of(self.args.run_folder, self.args.experiment)))
-
-    def parts(
-        self, solver: NamedSolver | None, steps: int | None, num: int, *, quiet: bool = False
-    ) -> tuple[Iterator[np.ndarray], np.ndarray | None]:
-        """Samples batch by batch, and the labels of all of them."""
-        args, experiment = self.args, self.experiment
-        labels = labels_for(num, experiment.num_classes, args.label)
-        if (solver, steps) not in self._samplers:
-            self._samplers[solver, steps] = compiled(experiment.method, solver=solver, num_steps=steps)
-        drawn = batches(
-            self._samplers[solver, steps], self.params, self.aux, shape=experiment.sample_shape, labels=labels, num=num,
-            batch_size=args.batch_size, seed=args.seed, dials=self.dials, mesh=self.mesh,
-        )  # fmt: skip
-        total = -(-num // whole_batch(num, args.batch_size, self.mesh))
-        silent = quiet or not sys.stderr.isatty()
-        return iter(tqdm(drawn, total=total, desc="sampling", unit="batch", disable=silent)), labels
-
-    def draw(
-        self, solver: NamedSolver | None, steps: int | None, num: int, *, quiet: bool = False
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Samples [num, ...] and their labels."""
-        parts, labels = self.parts(solver, steps, num, quiet=quiet)
-        return np.concatenate(list(parts)), labels
-
-    def about(self, solver: NamedSolver | None, steps: int | None) -> dict[str, Any]:
-        """What made a set of samples, for `evaluations.jsonl`; None is the method's own choice."""
-        made = {"what": self.what, "sampler": None if solver is None else solver.name, "steps": steps}
-        made["calls"] = None if solver is None or steps is None else solver.calls(steps)
-        made |= {"guidance": self.args.guidance, "eta": getattr(self.args, "eta", None), "class": self.args.label}
-        return made | {"seed": self.args.seed, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+def checkpoint(args: argparse.Namespace) -> int:
+    """`jaxdiff checkpoint inspect|verify`: prints what checkpoints hold, or whether they are sound."""
+    if args.action == "inspect":
+        print(inspection.inspect(args.folder))
+        return 0
+    text, sound = inspection.verify(args.folder, args.step)
+    print(text)
+    return 0 if sound else 2
 
 
 def evaluation_of(experiment: Experiment) -> Evaluation:
@@ -260,14 +278,13 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def use_cache() -> None:
-    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR or the user's cache folder, if that can be written."""
-    chosen = jax.config.values["jax_compilation_cache_dir"]
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    try:
-        loop.enable_compilation_cache(Path(chosen) if chosen else Path(caches) / "jaxdiff")
-    except ValueError as error:
-        _warn(f"{error}, with JAX_COMPILATION_CACHE_DIR; going on without a cache")
+def _leads() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+def _mesh(sizes: dict[str, int]) -> Mesh:
+    return sharding.make_mesh(sizes.get("data", -1), sizes.get("fsdp", 1), sizes.get("tensor", 1))
 
 
 def _names(option: str, text: str | None, known: Any) -> tuple[str, ...]:
@@ -292,7 +309,7 @@ def _solver(args: argparse.Namespace) -> NamedSolver | None:
 
 
 def _reference(evaluation: Evaluation, experiment: Experiment, names: Sequence[str], num: int) -> Reference:
-    reference = evaluation.reference()
+    reference = evaluation.reference(sharding.make_mesh(devices=jax.local_devices()))
     shape = reference.images.shape[1:]
     if shape != experiment.sample_shape:
         raise UsageError(
@@ -319,13 +336,7 @@ def _note(floor: dict[str, Result]) -> str:
     return text + (f". {alone[0]} is there that of the held-out images." if alone else ".")
 
 
-def _append(path: Path, about: dict[str, Any], results: dict[str, Result]) -> None:
-    with path.open("a") as file:
-        for result in results.values():
-            values = result._asdict() | {"value": result.value if np.isfinite(result.value) else None}
-            file.write(json.dumps(about | values) + "\n")
-
-
-def _warn(text: str | None) -> None:
-    if text:
-        print(f"warning: {text}", file=sys.stderr)
+def _append(path: Any, about: dict[str, Any], results: dict[str, Result]) -> None:
+    values = [r._asdict() | {"value": r.value if np.isfinite(r.value) else None} for r in results.values()]
+    before = path.read_text() if path.exists() else ""  # a bucket's objects are written whole
+    path.write_text(before + "".join(json.dumps(about | value) + "\n" for value in values))

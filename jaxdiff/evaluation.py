@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxdiff.data.images import ArraySource
 from jaxdiff.methods.base import Players
@@ -58,9 +59,11 @@ class Evaluation:
         """The training images, opened once."""
         return self.train()
 
-    def reference(self) -> judge.Reference:
-        """The reference images and their features."""
-        return judge.reference(self.name, self.held_out().x0, self.extractor(), train_images=self.train_source.x0)
+    def reference(self, mesh: Mesh | None = None) -> judge.Reference:
+        """The reference images and their features, for which the devices of a mesh share the work."""
+        return judge.reference(
+            self.name, self.held_out().x0, self.extractor(), train_images=self.train_source.x0, mesh=mesh
+        )
 
     def require_bits(self) -> Bits:
         """`bits`, or a ValueError if this experiment has no bound."""

@@ -1,7 +1,8 @@
 """Many samples from a trained method: one compiled call per batch, the same program for every guidance, eta and seed.
 
 Example i starts from noise that depends on the seed and on i alone, so asking for more samples or another batch size
-leaves the first ones as they were (up to the noise that stochastic solvers draw on the way).
+leaves the first ones as they were (up to the noise that stochastic solvers draw on the way). On a mesh the devices
+share every batch and draw the same numbers as one device would; with several processes each of them gets all samples.
 """
 
 import functools
@@ -31,14 +32,26 @@ PLAIN = Dials()
 Generate = Callable[[Players, Aux, Key, Array, Cond, Dials], Array]
 
 
-def compiled(method: Method, *, solver: NamedSolver | None = None, num_steps: int | None = None) -> Generate:
+def compiled(
+    method: Method,
+    *,
+    solver: NamedSolver | None = None,
+    num_steps: int | None = None,
+    mesh: Mesh | None = None,
+    partition: sharding.Partition = (),
+    min_size: int = sharding.MIN_SIZE,
+) -> Generate:
     """The method's `generate` as one jitted function of (params, aux, key, noise [B, ...], cond, dials).
 
     Args:
       method: whose `generate` is called.
       solver: a solver by name, or None for the method's own.
       num_steps: points of the method's grid, or None for its default.
+      mesh: that the parameters lie on. What fsdp splits is gathered once a call, before the first step.
+      partition, min_size: the rules by which they lie there.
     """
+    if mesh is not None:
+        method = sharding.on_mesh(method, mesh, partition=partition, min_size=min_size)
 
     def generate(params, aux, key, noise, cond, dials):
         eta = jnp.float32(0) if dials.eta is None else dials.eta
@@ -66,11 +79,12 @@ def labels_for(num: int, num_classes: int | None, label: int | None = None) -> n
     return np.full(num, label, np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("num", "shape"))
-def start_noise(key: Key, first: Array, num: int, shape: tuple[int, ...]) -> Array:
-    """Unit normal noise [num, *shape] of the examples first .. first + num - 1."""
+@functools.partial(jax.jit, static_argnames=("num", "shape", "mesh"))
+def start_noise(key: Key, first: Array, num: int, shape: tuple[int, ...], mesh: Mesh | None = None) -> Array:
+    """Unit normal noise [num, *shape] of the examples first .. first + num - 1, drawn where the mesh wants it."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(num, dtype=jnp.int32))
-    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+    noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+    return noise if mesh is None else jax.lax.with_sharding_constraint(noise, sharding.batch_sharding(mesh))
 
 
 def whole_batch(num: int, batch_size: int, mesh: Mesh | None = None) -> int:
@@ -111,17 +125,26 @@ def batches(
     noise_key, solver_key = jax.random.split(jax.random.key(seed))
     size = whole_batch(num, batch_size, mesh)
     for start in range(0, num, size):
-        noise = start_noise(noise_key, jnp.int32(start), size, shape)
-        cond = (
-            {}
-            if labels is None
-            else {"label": jnp.asarray(labels[np.minimum(np.arange(start, start + size), num - 1)])}
-        )
-        if mesh is not None:
-            noise, cond = jax.device_put((noise, cond), sharding.batch_sharding(mesh))
-        out = np.asarray(generate(params, aux, jax.random.fold_in(solver_key, start), noise, cond, dials))[
-            : num - start
-        ]
+        noise = start_noise(noise_key, jnp.int32(start), size, shape, mesh)
+        rows = np.minimum(np.arange(start, start + size), num - 1)
+        cond = {} if labels is None else {"label": _place(labels[rows], mesh)}
+        out = generate(params, aux, jax.random.fold_in(solver_key, start), noise, cond, dials)
+        out = _to_host(out)[: num - start]
         if not np.isfinite(out).all():
             raise FloatingPointError("samples are not finite; use more steps, another solver or less guidance")
         yield out
+
+
+def _place(rows: np.ndarray, mesh: Mesh | None) -> Array:
+    """Rows that every process holds in full, split over the mesh."""
+    if mesh is None:
+        return jnp.asarray(rows)
+    return jax.make_array_from_callback(rows.shape, sharding.batch_sharding(mesh), lambda index: rows[index])
+
+
+def _to_host(out: Array) -> np.ndarray:
+    if isinstance(out, jax.Array) and not out.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        out = multihost_utils.process_allgather(out, tiled=True)
+    return np.asarray(out)

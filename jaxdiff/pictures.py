@@ -3,12 +3,15 @@
 Images come as float [n, H, W, C] in [-1, 1], with 1 or 3 channels; points as [n, 2].
 """
 
+import io
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+
+from jaxdiff.training.checkpoint import as_path
 
 SUFFIXES = (".png", ".npz", "")
 
@@ -93,8 +96,10 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """Writes uint8 [H, W, 3] as a PNG file, making its folder."""
     from PIL import Image
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    target, encoded = as_path(path), io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "PNG")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(encoded.getvalue())
 
 
 def save_samples(path: str | Path, parts: Iterable[np.ndarray], labels: np.ndarray | None = None) -> int:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from jaxdiff.settings import UsageError, build_experiment, call_build, first_line, hint, load_build, settings_of
-from jaxdiff.training.checkpoint import CheckpointError, load_weights
+from jaxdiff.training.checkpoint import CheckpointError, as_path, load_weights
 from jaxdiff.training.experiment import Experiment
 from jaxdiff.training.state import Weights
 
@@ -38,14 +38,14 @@ def experiment_from(path: str | Path, pairs: list[str]) -> Experiment:
     return _checked(experiment, path, settings)
 
 
-def write_record(workdir: Path, file: str | Path, experiment: Experiment) -> None:
+def write_record(workdir: Any, file: str | Path, experiment: Experiment) -> None:
     """Writes `run.json` into a run's folder."""
     source = Path(file).resolve()
     about = {"file": str(source), "sha256": _digest(source), "settings": dict(experiment.config)}
     (workdir / RECORD).write_text(json.dumps(about, indent=2) + "\n")
 
 
-def read_record(workdir: Path) -> Record:
+def read_record(workdir: Any) -> Record:
     """Reads `run.json` of a run's folder.
 
     Raises:
@@ -62,7 +62,7 @@ def read_record(workdir: Path) -> Record:
         ) from None
 
 
-def check_workdir(workdir: Path) -> None:
+def check_workdir(workdir: Any) -> None:
     """Refuses a folder to train in that is something else: a file, or a folder of other things.
 
     Raises:
@@ -76,7 +76,7 @@ def check_workdir(workdir: Path) -> None:
         raise UsageError(f"workdir {workdir} is not empty and not a run of jaxdiff; choose another folder")
 
 
-def changed(workdir: Path, file: str | Path) -> str | None:
+def changed(workdir: Any, file: str | Path) -> str | None:
     """A sentence if the experiment file is not the one that the run was last trained with, else None."""
     if not (workdir / RECORD).is_file() or _digest(Path(file)) == read_record(workdir).sha256:
         return None
@@ -93,13 +93,13 @@ def source_of(workdir: str | Path, file: str | None = None) -> Path:
     Raises:
       UsageError: if there is no such run, its record is damaged, or its experiment file is missing or unsafe.
     """
-    workdir = Path(workdir)
-    if not (workdir / RECORD).is_file():
-        raise UsageError(f"run folder {workdir} {_why_no_run(workdir)}")
-    recorded = read_record(workdir).file
-    if file is None and recorded.resolve().is_relative_to(workdir.resolve()):
+    folder = as_path(workdir)
+    if not (folder / RECORD).is_file():
+        raise UsageError(f"run folder {workdir} {_why_no_run(folder)}")
+    recorded = read_record(folder).file
+    if file is None and isinstance(folder, Path) and recorded.resolve().is_relative_to(folder.resolve()):
         raise UsageError(
-            f"{workdir / RECORD} names code inside the run folder ({recorded.name}), which is not run unasked; "
+            f"{folder / RECORD} names code inside the run folder ({recorded.name}), which is not run unasked; "
             f"read it, then name it with --experiment {recorded}"
         )
     source = Path(file) if file else recorded
@@ -116,7 +116,7 @@ def open_run(workdir: str | Path, file: str | None = None) -> Experiment:
     Args and Raises: as `source_of`; also UsageError for a file that does not have the run's settings.
     """
     source = source_of(workdir, file)
-    build, settings = load_build(source), read_record(Path(workdir)).settings
+    build, settings = load_build(source), read_record(as_path(workdir)).settings
     unknown = sorted(set(settings) - set(settings_of(build)))
     if unknown:
         raise UsageError(
@@ -142,7 +142,7 @@ def weights_of(
       UsageError: for an unknown average, and for a checkpoint that is missing, damaged or of another experiment.
     """
     name = average_name(experiment, average)
-    folder = Path(workdir) / CHECKPOINTS
+    folder = as_path(workdir) / CHECKPOINTS
     if not folder.is_dir() or not any(entry.name.isdecimal() for entry in folder.iterdir()):
         raise UsageError(
             f"run {workdir} has no checkpoint yet; train it further: jaxdiff train FILE --workdir {workdir}"
@@ -200,7 +200,7 @@ def _checked(experiment: Any, path: str | Path, settings: dict[str, Any]) -> Exp
         raise UsageError(f"{Path(path).name}: {first_line(error)}") from error
 
 
-def _why_no_run(workdir: Path) -> str:
+def _why_no_run(workdir: Any) -> str:
     if workdir.is_file():
         return "is a file, expected the folder of a run"
     if workdir.is_dir():

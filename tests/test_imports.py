@@ -29,7 +29,22 @@ MAY_IMPORT = {name: set(CORE[:i]) for i, name in enumerate(CORE)} | {
     "pretrained": {"types", "networks", "schedules", "pretrained"},
 }
 # What people start. They may import anything, and only each other import them.
-PROGRAMS = ("cli", "commands", "evaluation", "generate", "info", "pictures", "quickstart", "runs", "settings")
+PROGRAMS = (
+    "arguments",
+    "cli",
+    "commands",
+    "drawing",
+    "evaluation",
+    "flops",
+    "frozen",
+    "generate",
+    "info",
+    "inspection",
+    "pictures",
+    "profiling",
+    "runs",
+    "settings",
+)
 OUTSIDE = ("experiments", "tests", "benchmarks", "notebooks", "scripts")  # not in the wheel
 
 # Too slow or too rarely needed for `import jaxdiff`: imported by the functions that use them.

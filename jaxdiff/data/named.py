@@ -44,7 +44,13 @@ def open_source(
 
         return image_folder(name, size=size, channels=channels, labelled=labelled)
     if kind == "npz" and name:
-        return _without_labels(npz(name), labelled)
+        source = _without_labels(npz(name), labelled)
+        if source.label is not None and source.label.max() >= num_classes:
+            raise ValueError(
+                f"{name}: labels go up to {source.label.max()}, expected 0 to {num_classes - 1} for {num_classes} "
+                "classes; mend the labels"
+            )
+        return source
     close = difflib.get_close_matches(spec, KINDS, n=1)
     raise ValueError(
         f"unknown data {spec!r}; " + (f"did you mean {close[0]!r}?" if close else f"one of {', '.join(KINDS)}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxdiff.metrics import statistics as stats
@@ -34,6 +35,7 @@ class Reference(NamedTuple):
       features: as `extract` gives them.
       statistics: moments of the features.
       train_images: float32 [m, H, W, C], the images a model was trained on, or None.
+      mesh: whose devices share the extractor's batches; None for one device.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Reference(NamedTuple):
     features: HostFeatures
     statistics: stats.Statistics
     train_images: np.ndarray | None
+    mesh: Mesh | None = None
 
 
 class Result(NamedTuple):
@@ -129,7 +132,14 @@ METRICS: dict[str, Metric] = {
 DEFAULT_METRICS = ("frechet", "kernel", "accuracy", "nearest")
 
 
-def reference(name: str, images: Images, extractor: Extractor, *, train_images: TrainImages | None = None) -> Reference:
+def reference(
+    name: str,
+    images: Images,
+    extractor: Extractor,
+    *,
+    train_images: TrainImages | None = None,
+    mesh: Mesh | None = None,
+) -> Reference:
     """Computes what evaluations against a set of real images need.
 
     Args:
@@ -137,15 +147,16 @@ def reference(name: str, images: Images, extractor: Extractor, *, train_images: 
       images: [n, H, W, C] in [-1, 1], n >= 2; images that neither the model nor the extractor was trained on.
       extractor: what to compute features with.
       train_images: [m, H, W, C] the model's training images, for "nearest" and `floor`.
+      mesh: of devices of this process, which share the extractor's work here and in `evaluate`; None for one device.
 
     Raises:
       ValueError: if images are too few or not finite.
     """
     checked = check_images(images)
-    features = extract(extractor, checked)
+    features = extract(extractor, checked, mesh=mesh)
     moments = stats.of(extractor, features.features, name=name)
     train = None if train_images is None else check_images(train_images)
-    return Reference(name, extractor, checked, features, moments, train)
+    return Reference(name, extractor, checked, features, moments, train, mesh)
 
 
 def evaluate(
@@ -180,7 +191,7 @@ def evaluate(
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise ValueError(f"labels must be {len(images)} integers, got {labels.dtype} {list(labels.shape)}")
     extractor = reference.extractor
-    features = extract(extractor, images)
+    features = extract(extractor, images, mesh=reference.mesh)
     _check_needs(chosen, labels, features, reference)
     seen = Samples(images, features, stats.of(extractor, features.features, name="samples"), labels)
     return {name: _result(name, metric, seen, reference) for name, metric in chosen.items()}

@@ -7,8 +7,10 @@ that numbers made with different extractors cannot be compared by accident. No n
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 
@@ -47,30 +49,39 @@ class Extractor(NamedTuple):
 
 
 def extract(
-    extractor: Extractor, images: Float[Array, "n ..."] | Float[np.ndarray, "n ..."], *, batch_size: int = 256
+    extractor: Extractor,
+    images: Float[Array, "n ..."] | Float[np.ndarray, "n ..."],
+    *,
+    batch_size: int = 256,
+    mesh: Mesh | None = None,
 ) -> HostFeatures:
     """Features of many images, in batches of one size (the last is padded, so nothing is compiled twice).
 
     Args:
       extractor: the extractor.
       images: [n, H, W, C] float in [-1, 1], n >= 1.
-      batch_size: rows given to the extractor at once, >= 1.
+      batch_size: rows given to the extractor at once, >= 1; rounded up to a multiple of the devices.
+      mesh: whose devices, all of them along all its axes, share every batch; None for one device. They must be of this
+        process: with several, each extracts images of its own and `statistics.across_processes` joins the results.
 
     Returns:
       HostFeatures: [n, d] and [n, k] or None.
 
     Raises:
-      ValueError: if there are no images, or images or features are not finite.
+      ValueError: if there are no images, images or features are not finite, or the mesh has devices of other
+        processes.
     """
     images = check_images(images)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    rows = min(batch_size, len(images))
+    place = _splitter(mesh)
+    parts = 1 if mesh is None else mesh.size
+    rows = -(-min(batch_size, len(images)) // parts) * parts
     features, logits = [], []
     for start in range(0, len(images), rows):
         batch = images[start : start + rows]
         padded = np.concatenate([batch, np.repeat(batch[-1:], rows - len(batch), axis=0)])
-        out = extractor.apply(jnp.asarray(padded))
+        out = extractor.apply(place(padded))
         features.append(np.asarray(out.features, np.float64)[: len(batch)])
         if out.logits is not None:
             logits.append(np.asarray(out.logits, np.float64)[: len(batch)])
@@ -78,6 +89,18 @@ def extract(
     if not np.isfinite(result.features).all():
         raise ValueError(f"extractor {extractor.name} gave features that are not finite; check its weights and input")
     return result
+
+
+def _splitter(mesh: Mesh | None) -> Callable[[np.ndarray], Array]:
+    if mesh is None:
+        return jnp.asarray
+    if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
+        raise ValueError(
+            "the mesh has devices of other processes, expected this process' own: extract on a mesh of "
+            "jax.local_devices() and join with statistics.across_processes"
+        )
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return lambda batch: jax.device_put(batch, sharding)
 
 
 def check_images(images: Array | np.ndarray) -> Float[np.ndarray, "n ..."]:

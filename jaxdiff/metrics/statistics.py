@@ -1,10 +1,11 @@
-"""Mean and covariance of features, gathered as they come, in float64, and merged over batches, files or hosts.
+"""Mean and covariance of features, gathered as they come, in float64, and merged over batches, files or processes.
 
 The pairwise update of Chan et al. keeps count, mean and the centred sum of products, so it does not cancel as sums of
 squares do. A `Statistics` carries the extractor's name and preprocessing and refuses to be merged or compared with one
 made another way. Files are plain `.npz` without pickles.
 """
 
+import hashlib
 import zipfile
 import zlib
 from pathlib import Path
@@ -97,20 +98,31 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
     return a._replace(n=n, mean=a.mean + delta * (b.n / n), scatter=scatter)
 
 
-def merge_across_hosts(statistics: Statistics) -> Statistics:
-    """Statistics of the images of all hosts; every host must call it and gets the same answer."""
+def across_processes(statistics: Statistics) -> Statistics:
+    """Statistics of the images of all processes; every process must call it and gets the same answer.
+
+    Raises:
+      ValueError: on every process, if they used different extractors.
+    """
+    d = len(statistics.mean)
+    made = repr((statistics.extractor, statistics.preprocessing, d))
+    if len({row.tobytes() for row in _gather(np.frombuffer(hashlib.sha256(made.encode()).digest(), np.uint8))}) > 1:
+        raise ValueError(f"processes used different extractors, this one {made}; make all statistics with one")
+    # As bytes: a gather of float64 would round to float32 unless x64 is on.
+    packed = np.concatenate([[float(statistics.n)], statistics.mean, statistics.scatter.ravel()]).astype(np.float64)
+    total = statistics._replace(n=0)
+    for row in _gather(packed.view(np.uint8)):
+        values = row.copy().view(np.float64)
+        scatter = values[1 + d :].reshape(d, d)
+        total = merge(total, statistics._replace(n=int(values[0]), mean=values[1 : 1 + d], scatter=scatter))
+    return total
+
+
+def _gather(row: np.ndarray) -> np.ndarray:
+    """uint8 [processes, bytes]: the rows of all processes, in their order."""
     from jax.experimental import multihost_utils
 
-    # As bytes: a gather of float64 would round to float32 unless x64 is on.
-    d = len(statistics.mean)
-    packed = np.concatenate([[float(statistics.n)], statistics.mean, statistics.scatter.ravel()]).astype(np.float64)
-    gathered = np.asarray(multihost_utils.process_allgather(packed.view(np.uint8)), np.uint8)
-    total = statistics._replace(n=0)
-    for row in gathered.reshape(-1, packed.nbytes):
-        values = row.copy().view(np.float64)
-        host = statistics._replace(n=int(values[0]), mean=values[1 : 1 + d], scatter=values[1 + d :].reshape(d, d))
-        total = merge(total, host)
-    return total
+    return np.asarray(multihost_utils.process_allgather(row), np.uint8).reshape(-1, row.size)
 
 
 def check_comparable(a: Statistics, b: Statistics) -> None:

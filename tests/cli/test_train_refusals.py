@@ -16,6 +16,8 @@ BUILD = [
     ("{toy} --set chain_lenght=10", "unknown setting 'chain_lenght'", "did you mean 'chain_length'?"),
     ("{toy} --set lr=fast", "setting lr must be a finite number, got 'fast'", "--set lr=0.002"),
     ("{toy} --set lr=inf", "setting lr must be a finite number, got 'inf'"),
+    ("{toy} --set lr=nan", "setting lr must be a finite number, got 'nan'", "--set lr=0.002"),
+    ("{file} --set num_steps=-5", "num_steps must be an integer of at least 1, got -5"),
     ("{toy} --set num_steps=2.5", "setting num_steps must be a whole number, got '2.5'", "--set num_steps=10000"),
     ("{toy} --set smoke=maybe", "setting smoke must be true or false, got 'maybe'", "--set smoke=false"),
     ("{file} --set chain=cosin", "setting chain must be one of cosine, linear, zero_snr, got 'cosin'"),
@@ -133,6 +135,13 @@ def test_train_refuses_bad_image_folders(refused, tmp_path):
 def test_train_refuses_data_without_labels(refused, tmp_path):
     np.savez(tmp_path / "images.npz", images=np.zeros([16, 8, 8, 1], np.uint8))
     refused("train {file} --workdir {tmp}/w --set data=npz:{tmp}/images.npz", "needs labels, and the data set has none")
+
+
+@pytest.mark.parametrize(("label", "needle"), [(10, "0 to 9"), (-1, "-1")])
+def test_train_refuses_labels_out_of_range(refused, tmp_path, label, needle):
+    labels = np.full(16, label, np.int64)
+    np.savez(tmp_path / "images.npz", images=np.zeros([16, 8, 8, 1], np.uint8), labels=labels)
+    refused("train {file} --workdir {tmp}/w --set data=npz:{tmp}/images.npz", "label", needle)
 
 
 def test_other_commands_are_refused(refused):

@@ -62,7 +62,7 @@ def test_float32_features_are_summed_in_float64():
 
 def test_merging_across_one_host_changes_nothing():
     whole = stats.of(EXTRACTOR, X, name="x")
-    merged = stats.merge_across_hosts(whole)
+    merged = stats.across_processes(whole)
     assert merged.n == whole.n and merged.name == "x"
     assert np.array_equal(merged.mean, whole.mean) and np.array_equal(merged.scatter, whole.scatter)
 
