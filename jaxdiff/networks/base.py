@@ -5,6 +5,7 @@ into the `Network` protocol, `check_cond` refuses conditioning that a network wo
 schedule is known here.
 """
 
+import contextlib
 import difflib
 import hashlib
 from typing import Any
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jaxdiff.networks import attention
 from jaxdiff.networks.initializers import Declared, declared_rules
 from jaxdiff.types import Array, Cond, Key, Network, Params
 
@@ -102,11 +104,12 @@ def init_params(module: nn.Module, key: Key, *example_inputs: Any) -> Params:
     return traverse_util.unflatten_dict(drawn, sep="/")
 
 
-def as_network(module: nn.Module) -> Network:
+def as_network(module: nn.Module, *, forward_mode: bool = False) -> Network:
     """The module's `apply` as a `Network`: (params, x_t, t, cond, *, train, key) -> [B, ...].
 
     Args:
       module: a Flax module called as (x_t, t, cond, *, train).
+      forward_mode: whether `jax.jvp` will go through it; see `attention.forward_mode`.
 
     Returns:
       A pure function. `key` feeds dropout and is needed only where `train` is true and the module drops something.
@@ -116,7 +119,8 @@ def as_network(module: nn.Module) -> Network:
         params: Params, x_t: Array, t: Array, cond: Cond, *, train: bool = False, key: Key | None = None
     ) -> Array:
         rngs = None if key is None else {"dropout": key}
-        out: Any = module.apply({"params": params}, x_t, t, cond, train=train, rngs=rngs)
+        with attention.forward_mode() if forward_mode else contextlib.nullcontext():
+            out: Any = module.apply({"params": params}, x_t, t, cond, train=train, rngs=rngs)
         return out
 
     return network

@@ -1,11 +1,11 @@
-"""Layers that several networks share: convolution, dense, norms, attention, features of time, resampling.
+"""Layers that several networks share: convolution, dense, norms, features of time, resampling.
 
-Images are [B, H, W, C]. Every layer computes in its `dtype`; statistics of the norms, the softmax and the features of
-time are float32 whatever that is. Layers declare how their parameters start through `initializers`. There is one
-attention function and one order of its channels (heads, then channels of a head); other orders are the business of
-the importers.
+Images are [B, H, W, C]. Every layer computes in its `dtype`; statistics of the norms and the features of time are
+float32 whatever that is. Layers declare how their parameters start through `initializers`. Attention is in
+`attention`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxdiff.networks.convolution import convolve
 from jaxdiff.networks.initializers import ONES, ZEROS, LayerRule, Normal, torch_default
 
 TimeFeatures = Callable[..., Array]
@@ -24,35 +25,6 @@ TimeFeatures = Callable[..., Array]
 
 def _at_least_float32(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
-def attention(
-    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
-) -> Float[Array, "b n h d"]:
-    """softmax(q k^T / sqrt(d)) v for each head, with the softmax in float32.
-
-    On a CPU batch and heads are merged into one leading axis and the division by the softmax sum comes after the
-    product with v, which is several times faster there than the library function used on other devices.
-
-    Args:
-      q: [B, N, H, D] queries.
-      k: [B, M, H, D] keys.
-      v: [B, M, H, D] values.
-
-    Returns:
-      [B, N, H, D] in the dtype of q.
-
-    Source: Vaswani et al. 2017 (arXiv:1706.03762) eq. 1.
-    """
-    if jax.default_backend() != "cpu":
-        return jax.nn.dot_product_attention(q, k, v)
-    b, n, h, d = q.shape
-    work = _at_least_float32(q.dtype)
-    q_znd, k_zmd, v_zmd = (a.astype(work).transpose(0, 2, 1, 3).reshape(b * h, a.shape[1], d) for a in (q, k, v))
-    logits = jnp.einsum("znd,zmd->znm", q_znd * d**-0.5, k_zmd)
-    weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
-    out = jnp.einsum("znm,zmd->znd", weights, v_zmd) / weights.sum(-1, keepdims=True)
-    return out.reshape(b, h, n, d).transpose(0, 2, 1, 3).astype(q.dtype)
 
 
 def sinusoidal_embedding(
@@ -166,14 +138,8 @@ class Conv(nn.Module):
         kernel_rule, bias_rule = self.rule(size * size * width, size * size * self.features)
         kernel = self.param("kernel", kernel_rule, (size, size, width, self.features), jnp.float32)
         bias = self.param("bias", bias_rule, (self.features,), jnp.float32)
-        pad = (0, size - self.stride) if self.asymmetric else (size // 2, size // 2)
-        y = lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (self.stride, self.stride),
-            (pad, pad),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        pad = (0, size - self.stride) if self.asymmetric else None
+        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, pad)
         return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
@@ -198,27 +164,34 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, _, _, c = x.shape
+        c = x.shape[-1]
         if c % self.groups:
             raise ValueError(
                 f"{c} channels do not split into {self.groups} groups; change the width or the group count"
             )
         scale = self.param("scale", ONES, (c,), jnp.float32)
         bias = self.param("bias", ZEROS, (c,), jnp.float32)
-        x = x.astype(_at_least_float32(x.dtype))
+        return _group_norm(x, scale, bias, self.groups, self.eps, self.dtype)
 
-        def over_group(a: Array) -> Array:
-            mean = a.reshape(b, self.groups, c // self.groups).mean(-1, keepdims=True)
-            return jnp.broadcast_to(mean, (b, self.groups, c // self.groups)).reshape(b, c)
 
-        # The shift is a constant for the gradient: mean and variance of x do not depend on it.
-        shift = over_group(lax.stop_gradient(x[:, 0, 0, :]))
-        x = x - shift[:, None, None, :]
-        mean = over_group(x.mean((1, 2)))
-        variance = jnp.maximum(over_group(jnp.square(x).mean((1, 2))) - jnp.square(mean), 0.0)
-        factor = lax.rsqrt(variance + self.eps) * scale.astype(x.dtype)[None]
-        offset = bias.astype(x.dtype)[None] - mean * factor
-        return (x * factor[:, None, None, :] + offset[:, None, None, :]).astype(self.dtype)
+# A network has dozens of these in few shapes: under jit each shape is traced, differentiated and lowered once.
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float, dtype: Any) -> Array:
+    b, _, _, c = x.shape
+    x = x.astype(_at_least_float32(x.dtype))
+
+    def over_group(a: Array) -> Array:
+        mean = a.reshape(b, groups, c // groups).mean(-1, keepdims=True)
+        return jnp.broadcast_to(mean, (b, groups, c // groups)).reshape(b, c)
+
+    # The shift is a constant for the gradient: mean and variance of x do not depend on it.
+    shift = over_group(lax.stop_gradient(x[:, 0, 0, :]))
+    x = x - shift[:, None, None, :]
+    mean = over_group(x.mean((1, 2)))
+    variance = jnp.maximum(over_group(jnp.square(x).mean((1, 2))) - jnp.square(mean), 0.0)
+    factor = lax.rsqrt(variance + eps) * scale.astype(x.dtype)[None]
+    offset = bias.astype(x.dtype)[None] - mean * factor
+    return (x * factor[:, None, None, :] + offset[:, None, None, :]).astype(dtype)
 
 
 class LayerNorm(nn.Module):

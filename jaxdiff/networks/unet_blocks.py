@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdiff.networks.attention import attention
 from jaxdiff.networks.initializers import LayerRule, torch_default, zeros
 from jaxdiff.networks.layers import (
     Conv,
     Dense,
     GroupNorm,
     LayerNorm,
-    attention,
     downsample_mean,
     dropout,
     upsample_nearest,

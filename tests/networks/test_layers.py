@@ -12,7 +12,6 @@ from jaxdiff.networks.layers import (
     GroupNorm,
     LabelEmbedding,
     LayerNorm,
-    attention,
     downsample_mean,
     dropout,
     fourier_embedding,
@@ -23,43 +22,6 @@ from jaxdiff.networks.layers import (
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def softmax_attention(q, k, v):
-    q, k, v = (a.astype(np.float64) for a in (q, k, v))
-    logits = np.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
-
-
-@pytest.mark.parametrize("scale", [1.0, 50.0])
-def test_attention_is_the_softmax_formula(scale):
-    q, k, v = scale * normal(0, 2, 5, 3, 4), normal(1, 2, 7, 3, 4), normal(2, 2, 7, 3, 4)
-    np.testing.assert_allclose(attention(*map(jnp.asarray, (q, k, v))), softmax_attention(q, k, v), atol=2e-5)
-
-
-def test_attention_survives_logits_that_overflow_the_exponential():
-    q = jnp.full((1, 2, 1, 4), 1e3)
-    out = attention(q, jnp.stack([q[:, 0], -q[:, 0]], axis=1), jnp.asarray(normal(0, 1, 2, 1, 4)))
-    np.testing.assert_allclose(out, np.broadcast_to(normal(0, 1, 2, 1, 4)[:, :1], out.shape), atol=1e-6)
-
-
-def test_attention_and_the_library_agree_with_their_gradients():
-    q, k, v, weight = (jnp.asarray(normal(seed, 2, 5, 3, 4)) for seed in range(4))
-    ours, theirs = (
-        jax.grad(lambda *a, f=f: jnp.sum(weight * f(*a)), argnums=(0, 1, 2))(q, k, v)
-        for f in (attention, jax.nn.dot_product_attention)
-    )
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, atol=3e-6)
-
-
-def test_attention_keeps_the_dtype_and_softmax_precision_in_bfloat16():
-    q, k, v = (jnp.asarray(normal(seed, 1, 6, 2, 8)).astype(jnp.bfloat16) for seed in range(3))
-    out = attention(q, k, v)
-    assert out.dtype == jnp.bfloat16
-    exact = softmax_attention(*(np.asarray(a.astype(jnp.float32)) for a in (q, k, v)))
-    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=1e-2)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e4])

@@ -3,11 +3,15 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.networks.base import as_network, init_params, param_shapes
+from jaxdiff.flops import count_flops
+from jaxdiff.networks import attention, convolution
+from jaxdiff.networks.attention import portable
+from jaxdiff.networks.base import as_network, init_params, num_params, param_shapes
 from jaxdiff.networks.initializers import fan_average, fan_average_tiny
 from jaxdiff.networks.unet import Block, UNet, example_inputs, unet_plan
 
@@ -263,3 +267,52 @@ def test_conditioning_the_network_would_ignore_is_refused():
     x_t, t, _ = inputs(TINY)
     with pytest.raises(ValueError, match="cond has 'label' but this UNet is not built for it"):
         shaped(TINY, x_t, t, {"label": jnp.zeros(BATCH, jnp.int32)})
+
+
+def peer_unet_loss():
+    """The network that the peers' benchmark runs: eight heads of eight channels at 16 x 16 and in the middle."""
+    unet = UNet(base_channels=32, channel_mult=(1, 2, 2), attention_factors=(2,), head_channels=8)
+    params = param_shapes(unet, *example_inputs(unet))
+    x = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.float32)
+    return params, x, lambda p, x: jnp.mean(as_network(unet)(p, x, jnp.zeros(16), {}) ** 2)
+
+
+def test_the_peers_network_has_their_parameters_and_flops():
+    params, x, loss = peer_unet_loss()
+    assert num_params(params) == 1_624_323
+    forward = count_flops(jax.make_jaxpr(loss)(params, x).jaxpr)
+    products_of_attention = 4 * 16 * 8 * 8 * (5 * 256**2 + 64**2)
+    assert forward - products_of_attention == pytest.approx(12.0e9, rel=0.02)  # the peers' counter leaves them out
+    first_layers = 2 * 16 * (32 * 32 * 27 * 32 + 32 * 128)
+    with portable():
+        both = count_flops(jax.make_jaxpr(jax.value_and_grad(loss))(params, x).jaxpr)
+    # Each layer once forward and twice backward, but the inputs of the first layers need no gradient.
+    assert both == pytest.approx(3 * forward - first_layers, rel=1e-3)
+
+
+def test_the_network_exports_for_every_platform(monkeypatch):
+    for module, threshold in ((attention, "MANY_SCORES"), (convolution, "MANY_PRODUCTS")):
+        monkeypatch.setattr(module, threshold, 0)
+    x_t, t, cond = inputs(TINY)
+
+    def loss(params, x_t):
+        return jnp.mean(as_network(TINY)(params, x_t, t, cond) ** 2)
+
+    with portable():
+        exported = jax.export.export(jax.jit(jax.value_and_grad(loss)), platforms=["cpu", "cuda", "tpu"])(
+            active_params(TINY), x_t
+        )
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+
+
+def test_forward_mode_of_the_network_is_asked_for(monkeypatch):
+    monkeypatch.setattr(convolution, "MANY_PRODUCTS", 0)
+    x_t, t, cond = inputs(TINY)
+
+    def slope(network):
+        params = active_params(TINY)
+        return jax.jit(lambda x: jax.jvp(lambda x: network(params, x, t, cond), (x,), (x,))[1]).lower(x_t)
+
+    with pytest.raises(TypeError, match="forward-mode"):
+        slope(as_network(TINY))
+    assert slope(as_network(TINY, forward_mode=True)).out_info.shape == x_t.shape

@@ -1,0 +1,94 @@
+"""One convolution of images, with a weight gradient that is fast on a CPU.
+
+The gradient of a kernel is a matrix product, x^T g at each offset of the kernel. XLA's convolution computes it on a
+CPU in up to three times the time of that product (measured with jax 0.10 on one core), so large convolutions of stride
+1 have it written out here. Everything else, and every other device, takes the library's convolution as it is.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxdiff.networks.attention import only_reverse_mode
+
+# Multiply-adds at one offset of the kernel from which on the products are faster.
+MANY_PRODUCTS = 2**23
+
+
+def convolve(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], stride: int = 1, pad: tuple[int, int] | None = None
+) -> Float[Array, "b h2 w2 o"]:
+    """Convolution (correlation) of images with a square kernel.
+
+    Args:
+      x: [B, H, W, I].
+      kernel: [K, K, I, O], in the dtype of x.
+      stride: step of the output grid.
+      pad: zeros before and after each row and column; None for K // 2 on both sides.
+
+    Returns:
+      [B, H2, W2, O]; H2 = H for stride 1, odd K and no pad given.
+    """
+    (b, h, w, i), (size, _, _, o) = x.shape, kernel.shape
+    pad = _half(kernel) if pad is None else pad
+    plain = stride != 1 or size % 2 == 0 or pad != _half(kernel)
+    if plain or not only_reverse_mode() or b * h * w * i * o < MANY_PRODUCTS:
+        return _library(x, kernel, stride, pad)
+    return _same(x, kernel)
+
+
+def _half(kernel: Array) -> tuple[int, int]:
+    return kernel.shape[0] // 2, kernel.shape[0] // 2
+
+
+def _library(x: Array, kernel: Array, stride: int, pad: tuple[int, int]) -> Array:
+    return lax.conv_general_dilated(x, kernel, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@jax.custom_vjp
+def _same(x: Array, kernel: Array) -> Array:
+    return _library(x, kernel, 1, _half(kernel))
+
+
+def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _same(x, kernel), (x, kernel)
+
+
+def _backward(residuals: tuple[Array, Array], out_bar: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    _, input_vjp = jax.vjp(lambda x: _library(x, kernel, 1, _half(kernel)), x)
+    return *input_vjp(out_bar), _kernel_gradient(x, out_bar, kernel.shape[0])
+
+
+def _kernel_gradient(x: Array, out_bar: Array, size: int) -> Array:
+    """sum over b, y, x of padded x[b, y + a, x + c, i] out_bar[b, y, x, o] for each offset (a, c).
+
+    The side with fewer channels is shifted; its shifts along a row lie side by side as columns, so that a kernel of
+    3 x 3 costs three products. The batch is only summed over: split over devices, each needs its own part of it.
+    """
+    (_, h, _, i), o = x.shape, out_bar.shape[-1]
+    narrow, wide = (out_bar, x) if o <= i else (x, out_bar)
+    # Shifting the output by an offset is shifting the input by its opposite.
+    offsets = [size - 1 - a if o <= i else a for a in range(size)]
+    columns = _columns(narrow, offsets)
+    over_positions = (((0, 1, 2), (0, 1, 2)), ((), ()))
+    rows = [lax.dot_general(wide, columns[:, a : a + h], over_positions) for a in offsets]
+    if o <= i:
+        return jnp.stack(rows).reshape(size, i, size, o).transpose(0, 2, 1, 3)
+    return jnp.stack(rows).reshape(size, o, size, i).transpose(0, 2, 3, 1)
+
+
+def _columns(a: Array, offsets: list[int]) -> Array:
+    """[B, H + K - 1, W, K C]: the rows between K // 2 rows of zeros; block j holds a shifted by offsets[j] - K // 2."""
+    (b, h, w, c), half = a.shape, len(offsets) // 2
+    columns = jnp.zeros((b, h + 2 * half, w, len(offsets) * c), a.dtype)
+    for j, offset in enumerate(offsets):
+        shift = offset - half
+        part = a[:, :, max(shift, 0) : w + min(shift, 0)]
+        # Writing in place compiles in half the time of padding and concatenating.
+        columns = lax.dynamic_update_slice(columns, part, (0, half, max(-shift, 0), j * c))
+    return columns
+
+
+_same.defvjp(_forward, _backward)
