@@ -86,7 +86,7 @@ def parser() -> Parser:
 def _experiment(command: Parser) -> None:
     command.add_argument("file", metavar="FILE", help="experiment file, Python with a function build(...)")
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of build(...)")
-    devices = "one" if command.prog.endswith("info") else "all along data"
+    devices = "one" if command.prog.endswith("info") else "all along data, of a CPU along fsdp"
     command.add_argument("--mesh", default="", help=f"devices by axis, such as data=4,fsdp=2 (default: {devices})")
 
 

@@ -284,6 +284,8 @@ def _leads() -> bool:
 
 
 def _mesh(sizes: dict[str, int]) -> Mesh:
+    if not sizes:
+        return sharding.usual_mesh()
     return sharding.make_mesh(sizes.get("data", -1), sizes.get("fsdp", 1), sizes.get("tensor", 1))
 
 

@@ -61,7 +61,7 @@ class Peer:
         self.train = self.step = None
 
     def build(self) -> None:
-        self.mesh = sharding.make_mesh()
+        self.mesh = sharding.usual_mesh()
         params, _ = self.method.init(jax.random.key(0), {})
         self.params = jax.block_until_ready(jax.device_put(params, sharding.replicated(self.mesh)))
         if num_params(self.params) != workload.PARAMETERS:
@@ -69,7 +69,7 @@ class Peer:
                 f"expected {workload.PARAMETERS} parameters as in diffusers, got {num_params(self.params)}"
             )
         self.x0 = np.random.default_rng(0).uniform(-1, 1, SHAPE).astype(np.float32)
-        noise = jax.random.normal(jax.random.key(1), SHAPE)
+        noise = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
         self.noise = jax.device_put(noise, sharding.batch_sharding(self.mesh))
 
     def train_step(self) -> float:
@@ -81,7 +81,7 @@ class Peer:
                 self.method, optimizers, averages, jax.random.key(2), {"x0": self.x0}, mesh=self.mesh
             )
             places = sharding.state_shardings(self.state, self.mesh)
-            step = make_train_step(self.method, optimizers, averages)
+            step = make_train_step(sharding.on_mesh(self.method, self.mesh), optimizers, averages)
             self.train = sharding.jit_train_step(step, self.mesh, places)
         self.state, metrics = self.train(self.state, self.batch)
         return float(metrics["model/loss"])

@@ -61,7 +61,7 @@ def train(
       experiment: what to train.
       workdir: folder of this run, made if it is not there; as text also in a bucket, "gs://...".
       resume: False refuses a workdir that already has checkpoints.
-      mesh: from `make_mesh`; all devices along `data` by default.
+      mesh: from `make_mesh`; `usual_mesh` by default.
       on_sample: called with (state, step) every `sample_every` steps and at the end, on every process; must not keep
         the state, whose buffers the next step reuses. An OSError from it is said and passed over.
       on_open: called on process 0 once the workdir is known to be this run's, before anything else is written.
@@ -80,7 +80,7 @@ def train(
         said and cost nothing else.
     """
     stopwatch = Stopwatch()
-    mesh = sharding.make_mesh() if mesh is None else mesh
+    mesh = sharding.usual_mesh() if mesh is None else mesh
     _check_sizes(experiment, mesh)
     folder = as_path(workdir)
     check_workdir(experiment, folder, resume)

@@ -60,6 +60,14 @@ def single_device() -> Mesh:
     return make_mesh(devices=jax.local_devices()[:1])
 
 
+def usual_mesh() -> Mesh:
+    """All devices along `data`; on a CPU along `fsdp`.
+
+    The devices of a CPU share its cores, so there it pays that each updates a part of the parameters only.
+    """
+    return make_mesh(1, -1) if jax.default_backend() == "cpu" else make_mesh()
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
