@@ -45,7 +45,7 @@ def open_source(
         return image_folder(name, size=size, channels=channels, labelled=labelled)
     if kind == "npz" and name:
         source = _without_labels(npz(name), labelled)
-        if source.label is not None and source.label.max() >= num_classes:
+        if num_classes is not None and source.label is not None and source.label.max() >= num_classes:
             raise ValueError(
                 f"{name}: labels go up to {source.label.max()}, expected 0 to {num_classes - 1} for {num_classes} "
                 "classes; mend the labels"

@@ -30,7 +30,7 @@ from jaxdiff.networks.unet_blocks import AttentionBlock, Downsample, ResBlock, S
 from jaxdiff.types import Cond
 
 RESAMPLE = ("conv", "plain", "resblock")
-COND_KEYS = {"label", "context", "low_res", "concat", "vector"}
+COND_KEYS = {"label", "context", "low_res", "concat", "vector", "guidance"}
 
 
 class Block(NamedTuple):
@@ -76,6 +76,7 @@ class UNet(nn.Module):
       num_classes: number of classes for cond["label"] [B] int; None if there is none.
       null_label: one more row in the table, label num_classes, meaning "no class".
       vector_dim: width of cond["vector"] [B, D], embedded and added to the time; None if there is none.
+      guidance_dim: features of cond["guidance"] [B], a scale that distillation built in; None if there is none.
       low_res_channels: channels of cond["low_res"] [B, h, w, C], resized bilinearly and concatenated; 0 for none.
       concat_channels: channels of cond["concat"] [B, H, W, C], concatenated as it is; 0 for none.
       scale_shift_norm: time scales and shifts the second norm of a block instead of being added before it.
@@ -113,6 +114,7 @@ class UNet(nn.Module):
     num_classes: int | None = None
     null_label: bool = False
     vector_dim: int | None = None
+    guidance_dim: int | None = None
     low_res_channels: int = 0
     concat_channels: int = 0
     scale_shift_norm: bool = False
@@ -157,7 +159,7 @@ class UNet(nn.Module):
         Returns:
           [B, H, W, out_channels] float32, or that and the features.
         """
-        _check_inputs(self, x_t, cond)
+        check_inputs(self, x_t, cond)
         plan = unet_plan(self)
         if control is not None and len(control) != len(plan.down) + 2:
             raise ValueError(f"control needs {len(plan.down) + 2} residuals for this UNet, got {len(control)}")
@@ -205,6 +207,9 @@ class UNet(nn.Module):
         emb = sinusoidal_embedding(
             t, self.base_channels, sin_first=self.sin_first, frequency_shift=self.frequency_shift
         )
+        if self.guidance_dim is not None:
+            w = sinusoidal_embedding(1000 * cond["guidance"], self.guidance_dim, sin_first=True, frequency_shift=1)
+            emb = emb + Dense(self.base_channels, zeros, use_bias=False, name="guidance")(w)
         emb = Dense(width, self.layer_rule, name="time_in")(emb)
         emb = Dense(width, self.layer_rule, name="time_out")(jax.nn.silu(emb))
         if self.num_classes is not None:
@@ -309,6 +314,8 @@ def example_inputs(unet: UNet, batch: int = 1) -> tuple[Any, Any, dict[str, Any]
         cond["context"] = floats(1, unet.context_dim)
     if unet.vector_dim is not None:
         cond["vector"] = floats(unet.vector_dim)
+    if unet.guidance_dim is not None:
+        cond["guidance"] = floats()
     if unet.low_res_channels:
         cond["low_res"] = floats(size, size, unet.low_res_channels)
     if unet.concat_channels:
@@ -358,11 +365,13 @@ def _check_fields(unet: UNet) -> None:
     unet_plan(unet)
 
 
-def _check_inputs(unet: UNet, x_t: Array, cond: Cond) -> None:
+def check_inputs(unet: UNet, x_t: Array, cond: Cond) -> None:
+    """Refuses images and conditioning that a UNet is not built for."""
     needed = {
         "label": unet.num_classes is not None,
         "context": unet.context_dim is not None,
         "vector": unet.vector_dim is not None,
+        "guidance": unet.guidance_dim is not None,
         "low_res": unet.low_res_channels > 0,
         "concat": unet.concat_channels > 0,
     }

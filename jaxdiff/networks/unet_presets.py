@@ -115,6 +115,27 @@ def adm_upsampler_unet(image_size: int, *, num_classes: int | None = 1000) -> UN
     )
 
 
+def consistency_unet(image_size: int = 64, *, num_classes: int | None = None) -> UNet:
+    """The UNet of consistency models and of their EDM teachers.
+
+    64 pixels with the 1000 classes of ImageNet: 295.899 M parameters. 256 pixels without classes (LSUN): 526.305 M.
+    The ImageNet teacher was trained with dropout 0.1: `.clone(dropout=0.1)`.
+
+    Source: Song et al. 2023 (arXiv:2303.01469) appendix C; the released configurations.
+    """
+    mult = _by_size(image_size, {64: (1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}, "the consistency models paper")
+    return UNet(
+        base_channels=192 if image_size == 64 else 256,
+        channel_mult=mult,
+        num_res_blocks=3 if image_size == 64 else 2,
+        attention_factors=attention_factors(image_size, (32, 16, 8)),
+        head_channels=64,
+        num_classes=num_classes,
+        scale_shift_norm=image_size == 64,
+        resample="resblock",
+    )
+
+
 def ldm_unet(
     latent_size: int = 64,
     *,

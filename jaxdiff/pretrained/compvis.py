@@ -115,12 +115,13 @@ def unet_entries(unet: UNet, linear_projection: bool, new_attention_order: bool)
     plain = openai.attention_entries(new_attention_order)
 
     def attention(block: Block, path: str, name: str) -> list[Entry]:
-        return _transformer(block, path, name, linear_projection) if block.depth else plain(block, path, name)
+        return transformer_entries(block, path, name, linear_projection) if block.depth else plain(block, path, name)
 
     return openai.unet_entries(unet, attention)
 
 
-def _transformer(block: Block, path: str, name: str, linear_projection: bool) -> list[Entry]:
+def transformer_entries(block: Block, path: str, name: str, linear_projection: bool) -> list[Entry]:
+    """The entries of a spatial transformer, by the names of latent diffusion."""
     projection = LINEAR if linear_projection else pointwise(2)
     entries = [
         *norm(f"{path}/norm", f"{name}.norm"),

@@ -17,6 +17,8 @@ MILLIONS = {
     "adm_256": (unet_presets.adm_unet(256), 553.838),
     "adm_512": (unet_presets.adm_unet(512), 558.998),
     "adm_lsun": (unet_presets.adm_unet(256, num_classes=None), 552.814),
+    "consistency_imagenet64": (unet_presets.consistency_unet(64, num_classes=1000), 295.899),
+    "consistency_lsun": (unet_presets.consistency_unet(256), 526.305),
     "ldm_unconditional_f4": (unet_presets.ldm_unet(), 274.056),
     "ldm_imagenet_f4": (unet_presets.ldm_imagenet_unet(4), 400.921),
     "ldm_imagenet_f8": (unet_presets.ldm_imagenet_unet(8), 394.984),
@@ -49,6 +51,7 @@ def test_attention_sizes_become_factors():
     [
         (lambda: unet_presets.ddpm_unet(64), r"DDPM has no UNet for 64 pixels, only \[32, 256\]"),
         (lambda: unet_presets.adm_unet(32), r"ADM has no UNet for 32 pixels, only \[64, 128, 256, 512\]"),
+        (lambda: unet_presets.consistency_unet(128), r"the consistency models paper has no UNet for 128 pixels"),
         (lambda: unet_presets.ldm_imagenet_unet(16), "released at f = 4 and f = 8, got 16"),
         (lambda: unet_presets.stable_diffusion_unet(3), "version must be 1 or 2, got 3"),
     ],
