@@ -18,7 +18,15 @@ from jaxdiff.training.step import make_train_step
 
 FILES = sorted((Path(__file__).parents[1] / "experiments").glob("[!_]*.py"))
 # These differ from the others in numbers more than in programs, and a UNet compiles for long: only `make test-full`.
-COMPILED_IN_FULL = ("cifar10_ddpm", "cifar10_edm", "imagenet64_adm", "imagenet64_iddpm", "lsun_adm", "lsun_ddpm")
+COMPILED_IN_FULL = (
+    "cifar10_ddpm",
+    "cifar10_edm",
+    "cifar10_iddpm",
+    "imagenet64_adm",
+    "imagenet64_iddpm",
+    "lsun_adm",
+    "lsun_ddpm",
+)
 ON_FOUR_DEVICES = ("toy_ddpm", "toy_edm", pytest.param("digits_ddpm", marks=pytest.mark.slow))
 
 

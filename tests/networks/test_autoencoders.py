@@ -196,6 +196,7 @@ def test_an_index_outside_the_codebook_is_not_a_number(index):
     assert np.isnan(apply(FLAT_VQ, jnp.full((1, 2, 2), index, jnp.int32), method="decode_indices")).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autoencoder", [KL, FLAT_VQ], ids=["kl", "vq"])
 def test_every_parameter_has_a_gradient(autoencoder):
     x = normal(0, 1, 4, 4, 3)
