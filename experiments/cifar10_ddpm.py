@@ -71,6 +71,7 @@ def build(
     return Experiment(
         name="cifar10_ddpm",
         method=method,
+        networks={"model": unet},
         data=lambda: batches(
             source("train"), batch_size=batch_size, seed=seed, augment=[flip_horizontally], prefetch=4
         ),

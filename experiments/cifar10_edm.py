@@ -1,7 +1,7 @@
-"""EDM on CIFAR-10, training and sampling as released, on an ADM-like network.
+"""EDM on CIFAR-10: network, training and sampling as released, but for the augmentation.
 
 Paper: Karras et al. 2022 (arXiv:2206.00364): FID 1.97 unconditional at 35 network calls after 200M images. The release
-uses the DDPM++ network and non-leaking augmentation; here the network is Improved DDPM's and the augmentation flips.
+uses non-leaking augmentation, which its network is told of; here images are flipped.
 Command: jaxdiff train experiments/cifar10_edm.py --workdir runs/cifar10_edm
 Reached: not run at scale yet.
 """
@@ -15,10 +15,9 @@ from jaxdiff.data.pipeline import batches
 from jaxdiff.evaluation import Evaluation
 from jaxdiff.methods.edm import edm
 from jaxdiff.metrics.pixels import pixel_extractor
-from jaxdiff.networks import partition
 from jaxdiff.networks.base import as_network, init_params
-from jaxdiff.networks.unet import example_inputs
-from jaxdiff.networks.unet_presets import iddpm_unet
+from jaxdiff.networks.ncsnpp import example_inputs
+from jaxdiff.networks.ncsnpp_presets import edm_ddpmpp
 from jaxdiff.training import ema
 from jaxdiff.training.experiment import Experiment
 
@@ -43,7 +42,7 @@ def build(
     """Settings: num_images counts training images, ema_images is the average's half-life."""
     size, num_steps = 32, num_images // batch_size
     ramp_up = ramp_up_images // batch_size
-    unet = iddpm_unet(32).clone(dtype=jnp.bfloat16 if bf16 else jnp.float32, dropout=dropout, out_channels=3)
+    unet = edm_ddpmpp(32).clone(dtype=jnp.bfloat16 if bf16 else jnp.float32, dropout=dropout, augment_dim=None)
     if smoke:
         data, size, num_steps, batch_size = "stand-in", 8, 2, 4
         unet = unet.clone(base_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_factors=(2,))
@@ -57,12 +56,12 @@ def build(
     return Experiment(
         name="cifar10_edm",
         method=method,
+        networks={"model": unet},
         data=lambda: batches(
             source("train"), batch_size=batch_size, seed=seed, augment=[flip_horizontally], prefetch=4
         ),
         optimizers={"model": optax.adam(optax.linear_schedule(0.0, lr, ramp_up))},
         ema=(ema.half_life("ema", ema_images),),
-        partition=partition.UNET,
         sample_shape=(size, size, 3),
         num_classes=None,
         batch_size=batch_size,

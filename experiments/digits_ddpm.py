@@ -67,6 +67,7 @@ def build(
     return Experiment(
         name="digits_ddpm",
         method=method,
+        networks={"model": unet},
         data=lambda: batches(digits("train"), batch_size=batch_size, seed=seed),
         optimizers={"model": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))},
         ema=(ema.warmup("ema", ema_decay),),

@@ -64,6 +64,7 @@ def build(
     return Experiment(
         name="imagenet64_adm",
         method=method,
+        networks={"model": unet},
         data=lambda: batches(
             source("train"), batch_size=batch_size, seed=seed, augment=[flip_horizontally], prefetch=4
         ),

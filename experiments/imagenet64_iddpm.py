@@ -72,6 +72,7 @@ def build(
     return Experiment(
         name="imagenet64_iddpm",
         method=method,
+        networks={"model": unet},
         data=lambda: batches(source("train"), batch_size=batch_size, seed=seed, augment=[], prefetch=4),
         optimizers={"model": optax.adam(lr)},
         ema=(ema.constant("ema", ema_decay),),

@@ -59,6 +59,7 @@ def build(
     return Experiment(
         name="lsun_adm",
         method=method,
+        networks={"model": unet},
         data=lambda: batches(source("train"), batch_size=batch_size, seed=seed, augment=[], prefetch=4),
         optimizers={"model": optax.adamw(lr, weight_decay=0.0)},
         ema=(ema.constant("ema", ema_decay),),

@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, compare, freeze, info, profile, checkpoint.
+"""The command line: train, sample, evaluate, compare, freeze, info, profile, checkpoint, import, export, inspect.
 
 It reads arguments, calls the library and prints. Whatever a person can put right is one line on standard error and
 exit code 2, before any work is lost; JAXDIFF_TRACEBACK=1 shows where it came from.
@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxdiff import options
 from jaxdiff.arguments import Parser, number, whole
 from jaxdiff.settings import first_line, mesh_sizes
 
@@ -25,6 +26,14 @@ SOLVERS = """solvers:
 METRICS = """metrics:
   frechet, kernel, precision, recall, density, coverage, inception_score, accuracy, nearest"""
 
+KINDS = """kinds:
+  auto (of import: told from the names), lora (of import: merged into --base)
+  compvis, compvis-unet, compvis-autoencoder, compvis-first-stage, compvis-discriminator, controlnet
+  diffusers-unet, diffusers-autoencoder, diffusers-controlnet, diffusers-consistency-decoder-vae,
+  diffusers-consistency-decoder, diffusers-encoder, clip-text, open-clip-text, class-embedder
+  openai-unet, openai-classifier, consistency-unet, consistency-decoder
+  ddpm-unet, edm, ncsnpp, progdist-unet, ddgan-generator, ddgan-discriminator, dit, inception, lpips"""
+
 
 def parser() -> Parser:
     """All commands and their options."""
@@ -35,21 +44,21 @@ def parser() -> Parser:
         return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog)
 
     train = command("train", "train an experiment, or go on with a run that was stopped")
-    _experiment(train)
+    options.experiment(train)
     train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run: checkpoints, logs, pictures")
-    _devices(train)
+    options.devices(train)
 
     sample = command("sample", "draw samples from a run, or from a file that `freeze` wrote", SOLVERS)
-    _sampling(sample, num=64)
+    options.sampling(sample, num=64)
     sample.add_argument("--out", required=True, metavar="PATH", help="grid (.png), arrays (.npz), or a folder of PNGs")
     sample.add_argument("--overwrite", action="store_true", help="replace the samples that lie there")
 
     evaluate = command("evaluate", "judge samples of a run against held-out data", f"{SOLVERS}\n\n{METRICS}")
-    _sampling(evaluate, num=None)
+    options.sampling(evaluate, num=None)
     evaluate.add_argument("--metrics", metavar="NAMES", help="comma-separated (default: the experiment's)")
 
     compare = command("compare", "quality against number of network calls, for several solvers", SOLVERS)
-    _sampling(compare, num=None, grid=False)
+    options.sampling(compare, num=None, grid=False)
     compare.add_argument("--solvers", metavar="NAMES", help="comma-separated (default: the experiment's)")
     compare.add_argument(
         "--calls", metavar="NUMBERS", help="of the network, comma-separated (default: the experiment's)"
@@ -57,7 +66,7 @@ def parser() -> Parser:
 
     freeze = command("freeze", "write a sampler and its weights into one file that `sample` runs anywhere", SOLVERS)
     freeze.add_argument("run_folder", metavar="RUN", help="folder of a run")
-    _sampler(freeze, eta=False)
+    options.sampler(freeze, eta=False)
     freeze.add_argument(
         "--batch-size", type=whole(1), metavar="N", help="of every call (default: chosen when the file is run)"
     )
@@ -65,14 +74,14 @@ def parser() -> Parser:
     freeze.add_argument("--out", required=True, metavar="FILE", help="where the sampler goes, such as digits.jaxdiff")
     freeze.add_argument("--overwrite", action="store_true", help="replace the file that lies there")
 
-    _experiment(command("info", "parameters, FLOPs a step, bytes a device; nothing is allocated"))
+    options.experiment(command("info", "parameters, FLOPs a step, bytes a device; nothing is allocated"))
 
     profile = command("profile", "time, FLOPs, bytes and MFU of the train step and of a network call")
-    _experiment(profile)
+    options.experiment(profile)
     profile.add_argument("--steps", type=whole(1), default=10, metavar="N", help="timed repetitions (default: 10)")
     profile.add_argument("--trace", metavar="DIR", help="write a profiler trace there")
     profile.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
-    _devices(profile)
+    options.devices(profile)
 
     checkpoint = command("checkpoint", "what checkpoints hold, and whether every leaf is as it was written")
     checkpoint.add_argument(
@@ -80,54 +89,39 @@ def parser() -> Parser:
     )
     checkpoint.add_argument("folder", metavar="DIR", help="folder of a run, or its checkpoints")
     checkpoint.add_argument("--step", type=whole(0), metavar="N", help="verify this one only (default: all)")
+
+    read = command("import", "make a folder of our parameters from published weights", KINDS)
+    options.weights(read)
+    read.add_argument("files", nargs="+", metavar="FILE", help="weight file, or folder of diffusers; LPIPS has two")
+    read.add_argument("out", metavar="OUT", help="folder to make")
+    read.add_argument("--dtype", default="float32", metavar="D", help="float32, bfloat16 or float16 (default: float32)")
+    read.add_argument("--prefix", metavar="P", help="of the tensors' names (default: that of the kind)")
+    read.add_argument("--skip", action="append", default=[], metavar="P", help="pass over names that begin so")
+    read.add_argument("--ema", action="store_true", help="a CompVis checkpoint's moving average")
+    read.add_argument("--base", metavar="DIR", help="of lora: the imported network that it is merged into")
+    read.add_argument("--weight", type=number(), default=1.0, metavar="W", help="of lora: how much of it (default: 1)")
+
+    write = command("export", "write parameters of ours in the layout of a publisher", KINDS)
+    options.weights(write)
+    write.add_argument("folder", metavar="DIR", help="folder from import, or of a run")
+    write.add_argument("out", metavar="FILE", help="*.safetensors, or a folder with config.json (diffusers, clip-text)")
+    write.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16 (default: as it is)")
+    write.add_argument("--player", default="model", metavar="NAME", help="of a run: which player (default: model)")
+    write.add_argument("--average", metavar="NAME", help="of a run: EMA, or raw (default: the last EMA)")
+    write.add_argument("--experiment", metavar="FILE", help="of a run: its experiment file, if it has moved")
+
+    inspect = command(
+        "inspect", "what a weight file or imported folder holds, or the published networks of a kind", KINDS
+    )
+    inspect.add_argument("file", metavar="FILE", help="weight file, imported folder, or kind")
     return top
 
 
-def _experiment(command: Parser) -> None:
-    command.add_argument("file", metavar="FILE", help="experiment file, Python with a function build(...)")
-    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of build(...)")
-    devices = "one" if command.prog.endswith("info") else "all along data, of a CPU along fsdp"
-    command.add_argument("--mesh", default="", help=f"devices by axis, such as data=4,fsdp=2 (default: {devices})")
-
-
-def _devices(command: Parser) -> None:
-    command.add_argument(
-        "--cpu-devices", type=whole(1), metavar="N", help="share batches among N devices of a CPU, one for each core"
-    )
-    command.add_argument(
-        "--distributed", choices=("auto", "off"), default="auto",
-        help="join the other processes if the environment names them (TPU pod, Slurm, Open MPI, JAXDIFF_COORDINATOR)",
-    )  # fmt: skip
-
-
-def _sampling(command: Parser, num: int | None, grid: bool = True) -> None:
-    what = "folder of a run" if num is None else "folder of a run, or a frozen sampler (.jaxdiff)"
-    command.add_argument("run_folder", metavar="RUN", help=what)
-    usual = "the experiment's" if num is None else num
-    command.add_argument("--num", type=whole(1), default=num, metavar="N", help=f"number of samples (default: {usual})")
-    _sampler(command, grid)
-    command.add_argument("--guidance", type=number(), metavar="W", help="classifier-free guidance scale; 1 is none")
-    command.add_argument("--class", type=whole(0), dest="label", metavar="C", help="one class (default: all in turn)")
-    command.add_argument(
-        "--seed", type=whole(0, 2**32 - 1), default=0, metavar="K", help="of all that is drawn (default: 0)"
-    )
-    command.add_argument("--batch-size", type=whole(1), metavar="N", help="samples at once (default: 256)")
-    _devices(command)
-
-
-def _sampler(command: Parser, grid: bool = True, eta: bool = True) -> None:
-    if grid:
-        command.add_argument("--steps", type=whole(1), metavar="S", help="solver steps (default: the method's)")
-        command.add_argument("--solver", metavar="NAME", help="name of a solver (default: the method's)")
-    if grid and eta:
-        command.add_argument(
-            "--eta", type=number(0.0, 1.0), help="noise of ddim, 0 to 1: none to that of ancestral (default: 0)"
-        )
-    command.add_argument("--ema", metavar="NAME", help="which average to use, or raw (default: the last one)")
-    command.add_argument("--experiment", metavar="FILE", help="experiment file, if it has moved")
-
-
 def _run(args: argparse.Namespace) -> int:
+    if args.command in ("import", "export", "inspect"):
+        from jaxdiff import weights
+
+        return {"import": weights.import_, "export": weights.export, "inspect": weights.inspect}[args.command](args)
     from jaxdiff import commands
 
     if hasattr(args, "distributed"):

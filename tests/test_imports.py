@@ -40,10 +40,12 @@ PROGRAMS = (
     "generate",
     "info",
     "inspection",
+    "options",
     "pictures",
     "profiling",
     "runs",
     "settings",
+    "weights",
 )
 OUTSIDE = ("experiments", "tests", "benchmarks", "notebooks", "scripts")  # not in the wheel
 

@@ -5,11 +5,9 @@ Configurations (`ddconfig`), names and layout of weights, both ways. q, k and v 
 (`first_stage_model.`, `loss.discriminator.`) are the business of whoever reads the file.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxdiff.networks import patch_discriminator
@@ -23,6 +21,7 @@ from jaxdiff.pretrained.torch_layout import (
     SAME,
     Entry,
     Layout,
+    check_config,
     export_params,
     fused,
     import_params,
@@ -106,8 +105,6 @@ def import_patch_discriminator(state: Mapping[str, Any], discriminator: PatchDis
     image, statistics = patch_discriminator.example_inputs(discriminator)
     shapes = {"params": param_shapes(discriminator, image, statistics), "statistics": statistics}
     tree = import_params(discriminator_entries(discriminator), state, shapes)
-    # The translation gives a scalar an axis.
-    tree = jax.tree.map(lambda a, shape: a.reshape(shape.shape), tree, shapes)
     return tree["params"], tree["statistics"]
 
 
@@ -115,8 +112,7 @@ def export_patch_discriminator(
     params: Params, statistics: Params, discriminator: PatchDiscriminator
 ) -> dict[str, np.ndarray]:
     """The state dict of a discriminator: the exact inverse of `import_patch_discriminator`."""
-    state = export_params(discriminator_entries(discriminator), {"params": params, "statistics": statistics})
-    return {name: a.reshape(()) if name.endswith(".num_batches_tracked") else a for name, a in state.items()}
+    return export_params(discriminator_entries(discriminator), {"params": params, "statistics": statistics})
 
 
 def autoencoder_entries(autoencoder: AutoencoderKL | AutoencoderVQ) -> list[Entry]:
@@ -154,10 +150,7 @@ def discriminator_entries(discriminator: PatchDiscriminator) -> list[Entry]:
 
 def _fields(ddconfig: Mapping[str, Any], *, double_z: bool) -> dict[str, Any]:
     """The fields of our autoencoders that a `ddconfig` sets."""
-    for key in sorted(set(ddconfig) - CONFIG_KEYS):
-        close = difflib.get_close_matches(key, CONFIG_KEYS, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known are {sorted(CONFIG_KEYS)}"
-        raise ValueError(f"{key!r} is not a setting of the CompVis autoencoders{hint}")
+    check_config(ddconfig, CONFIG_KEYS, "CompVis autoencoder")
     if missing := sorted(NEEDED - set(ddconfig)):
         raise ValueError(f"the autoencoder configuration lacks {missing}")
     for key, value in (FIXED | {"double_z": double_z}).items():

@@ -21,7 +21,7 @@ COMMON_FIXED = {
     "time_embedding_dim": None,
     "mid_block_scale_factor": 1,
 }
-PLAIN_FIXED = COMMON_FIXED | {"mid_block_type": "UNetMidBlock2D", "attn_norm_num_groups": None}
+PLAIN_FIXED = COMMON_FIXED | {"mid_block_type": "UNetMidBlock2D"}
 CONDITIONAL_FIXED = COMMON_FIXED | {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "only_cross_attention": False,
@@ -51,7 +51,7 @@ UNET_KEYS = frozenset(
     "layers_per_block downsample_padding dropout act_fn attention_head_dim norm_num_groups norm_eps "
     "resnet_time_scale_shift class_embed_type num_class_embeds".split()
 )
-PLAIN_KEYS = UNET_KEYS | {"downsample_type", "upsample_type", "add_attention"}
+PLAIN_KEYS = UNET_KEYS | {"downsample_type", "upsample_type", "add_attention", "attn_norm_num_groups"}
 CONDITIONAL_KEYS = UNET_KEYS | frozenset(
     "cross_attention_dim transformer_layers_per_block use_linear_projection time_cond_proj_dim "
     "projection_class_embeddings_input_dim".split()
@@ -152,10 +152,19 @@ def _plain(config: Mapping[str, Any], concat_channels: int) -> UNet:
         raise ValueError(f"one kind of resampling for all levels is supported, got {resamples}")
     if config.get("class_embed_type") is not None:
         raise ValueError(f"class_embed_type {config['class_embed_type']!r} is not supported, expected None")
+    common, mid_attention = _common(config, attends, concat_channels, in_channels=3), config.get("add_attention", True)
+    groups = config.get("attn_norm_num_groups")
+    if groups is None:  # then the attention in the middle of a UNet with scale and shift has no norm
+        groups = 0 if common["scale_shift_norm"] else common["norm_groups"]
+    if mid_attention and groups != common["norm_groups"]:
+        raise ValueError(
+            f"attn_norm_num_groups {config.get('attn_norm_num_groups')} of this UNet2DModel is not supported, expected "
+            f"norm_num_groups {common['norm_groups']} for the attention in the middle as well"
+        )
     return UNet(
-        **_common(config, attends, concat_channels, in_channels=3),
+        **common,
         head_channels=config.get("attention_head_dim", 8),
-        mid_attention=config.get("add_attention", True),
+        mid_attention=mid_attention,
         resample=resamples[0] if resamples else "conv",
     )
 

@@ -52,7 +52,7 @@ def import_unet(state: Mapping[str, Any], unet: UNet, *, linear_projection: bool
       ValueError: tensors are missing, unexpected or wrongly shaped; all of them are named.
     """
     entries = unet_entries(unet, linear_projection)
-    return import_params(entries, _with_new_names(state), param_shapes(unet, *example_inputs(unet)))
+    return import_params(entries, with_new_names(state), param_shapes(unet, *example_inputs(unet)))
 
 
 def export_unet(params: Params, unet: UNet, *, linear_projection: bool = False) -> dict[str, np.ndarray]:
@@ -80,7 +80,7 @@ def import_autoencoder(state: Mapping[str, Any], autoencoder: AutoencoderKL | Au
       ValueError: tensors are missing, unexpected or wrongly shaped; all of them are named.
     """
     shapes = param_shapes(autoencoder, example_input(autoencoder))
-    return import_params(autoencoder_entries(autoencoder), _with_new_names(state), shapes)
+    return import_params(autoencoder_entries(autoencoder), with_new_names(state), shapes)
 
 
 def export_autoencoder(params: Params, autoencoder: AutoencoderKL | AutoencoderVQ) -> dict[str, np.ndarray]:
@@ -209,7 +209,8 @@ def _attention_block(path: str, name: str) -> list[Entry]:
     ]
 
 
-def _with_new_names(state: Mapping[str, Any]) -> dict[str, Any]:
+def with_new_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with the attention names of diffusers 0.18 and later."""
     renamed = {}
     for name, array in state.items():
         if ".attentions." in name:

@@ -77,21 +77,39 @@ def import_dit(state: Mapping[str, Any], dit: DiT) -> Params:
       ValueError: tensors are missing, unexpected or wrongly shaped, and all of them are named; or the positions are
         not those of this network.
     """
-    shapes = {**param_shapes(dit, *example_inputs(dit)), "positions": _positions(dit)}
-    entries = [*dit_entries(dit), Entry("positions", (POSITIONS,), SAME)]
-    params = import_params(entries, state, shapes)
-    error = np.abs(params.pop("positions") - shapes["positions"]).max()
+    return import_params(dit_entries(dit), without_positions(state, dit), param_shapes(dit, *example_inputs(dit)))
+
+
+def export_dit(params: Params, dit: DiT) -> dict[str, np.ndarray]:
+    """The state dict of a parameter tree: the exact inverse of `import_dit`, with the table of positions."""
+    return positions(dit) | export_params(dit_entries(dit), params)
+
+
+def positions(dit: DiT) -> dict[str, np.ndarray]:
+    """The table of positions under its released name."""
+    side = dit.input_size // dit.patch_size
+    return {POSITIONS: grid_positions(side, side, dit.width)[None]}
+
+
+def without_positions(state: Mapping[str, Any], dit: DiT) -> dict[str, Any]:
+    """The state dict without the table of positions, once it is that of this network.
+
+    Raises:
+      ValueError: it is missing or another one.
+    """
+    rest, expected = dict(state), positions(dit)[POSITIONS]
+    found = np.asarray(rest.pop(POSITIONS, np.zeros(0)), np.float32)
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"{POSITIONS} of this DiT must be {expected.shape}, got {found.shape}; check its configuration"
+        )
+    error = np.abs(found - expected).max()
     if not error < 1e-3:  # more than half precision rounds, less than any other table differs by
         raise ValueError(
             f"{POSITIONS} of the state dict is not the fixed table of this network (they differ by {error:.2g}); "
             "a trained table is not supported"
         )
-    return params
-
-
-def export_dit(params: Params, dit: DiT) -> dict[str, np.ndarray]:
-    """The state dict of a parameter tree: the exact inverse of `import_dit`, with the table of positions."""
-    return {POSITIONS: _positions(dit), **export_params(dit_entries(dit), params)}
+    return rest
 
 
 def dit_entries(dit: DiT) -> list[Entry]:
@@ -139,8 +157,3 @@ def stacked(inner: Layout) -> Layout:
         lambda a: np.stack([inner.to_ours([part]) for part in a]),
         lambda a: [inner.to_torch(part)[0] for part in a],
     )
-
-
-def _positions(dit: DiT) -> np.ndarray:
-    side = dit.input_size // dit.patch_size
-    return grid_positions(side, side, dit.width)[None]

@@ -110,27 +110,38 @@ def import_song_unet(state: Mapping[str, Any], net: NCSNpp, *, image_size: int, 
     Raises:
       ValueError: tensors are missing, unexpected or wrongly shaped, or a filter is not that of `net`; all are named.
     """
-    filters = _filters(net, image_size, prefix)
+    entries = song_unet_entries(net, image_size=image_size, prefix=prefix)
+    rest = without_filters(state, net, image_size=image_size, prefix=prefix)
+    return import_params(entries, rest, param_shapes(net, *example_inputs(net)))
+
+
+def without_filters(
+    state: Mapping[str, Any], net: NCSNpp, *, image_size: int, prefix: str = "model."
+) -> dict[str, Any]:
+    """The state dict without the filters of the resampling, once they are those of this network.
+
+    Raises:
+      ValueError: one is missing or another one.
+    """
+    expected = filters(net, image_size, prefix)
     wrong = [
         name
-        for name, taps in filters.items()
+        for name, taps in expected.items()
         if name in state and not (np.shape(state[name]) == taps.shape and np.allclose(state[name], taps, atol=1e-6))
     ]
     if wrong:
         raise ValueError(
             f"{len(wrong)} filters are not those of this network's taps {net.taps}: {', '.join(wrong[:8])}"
         )
-    if lacking := sorted(set(filters) - set(state)):
+    if lacking := sorted(set(expected) - set(state)):
         raise ValueError(f"the state dict lacks {len(lacking)} filters ({', '.join(lacking[:8])}); check the network")
-    entries = song_unet_entries(net, image_size=image_size, prefix=prefix)
-    rest = {name: value for name, value in state.items() if name not in filters}
-    return import_params(entries, rest, param_shapes(net, *example_inputs(net)))
+    return {name: value for name, value in state.items() if name not in expected}
 
 
 def export_song_unet(params: Params, net: NCSNpp, *, image_size: int, prefix: str = "model.") -> dict[str, np.ndarray]:
     """The state dict of a parameter tree, filters included: the exact inverse of `import_song_unet`."""
     state = export_params(song_unet_entries(net, image_size=image_size, prefix=prefix), params)
-    return state | _filters(net, image_size, prefix)
+    return state | filters(net, image_size, prefix)
 
 
 def song_unet_entries(net: NCSNpp, *, image_size: int, prefix: str = "model.") -> list[Entry]:
@@ -216,7 +227,7 @@ def _part_entries(part: Part, name: str) -> list[Entry]:
     return entries
 
 
-def _filters(net: NCSNpp, image_size: int, prefix: str) -> dict[str, np.ndarray]:
+def filters(net: NCSNpp, image_size: int, prefix: str) -> dict[str, np.ndarray]:
     """The buffers of a state dict: outer products of the taps, summing to one, [1, 1, K, K]."""
     taps = np.asarray((1.0, 1.0) if net.taps is None else net.taps, np.float32)
     value = (np.outer(taps, taps) / np.square(taps.sum()))[None, None].astype(np.float32)

@@ -5,6 +5,7 @@ entries of `diffusers_layout` for a UNet, those of `clip` for a text encoder. A 
 Merging is in `networks.lora`. Variants that are no product of two matrices (LoHa, LoKr, DoRA) are refused.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
+from jaxdiff.networks.clip_text import ClipText
 from jaxdiff.networks.lora import Lora, LowRank
+from jaxdiff.networks.unet import UNet
+from jaxdiff.pretrained import clip, diffusers_layout, files
+from jaxdiff.pretrained.mapped import WeightsError
 from jaxdiff.pretrained.torch_layout import Entry
 from jaxdiff.types import Params
 
@@ -50,6 +55,39 @@ OLD_NAMES = (
     (r"\.lora\.down\.", ".lora_A."),
     (r"\.lora\.up\.", ".lora_B."),
 )
+
+
+def read_for(path: str | os.PathLike[str], network: Any, options: Mapping[str, Any], shapes: Params) -> Lora:
+    """The additions in a file that are meant for a network, whatever convention the file follows.
+
+    Args:
+      path: of the file.
+      network: a UNet or a text encoder.
+      options: of its layout; `linear_projection` is read.
+      shapes: of its parameters.
+
+    Raises:
+      ValueError: no addition in it is meant for such a network, or they do not fit; one line says which.
+    """
+    state = files.read(path)
+    text = isinstance(network, ClipText)
+    if not text and not isinstance(network, UNet):
+        raise WeightsError(
+            path, f"LoRA changes UNets and text encoders, the network is a {type(network).__name__}; give another"
+        )
+    entries = clip.text_encoder_entries(network) if text else _unet_entries(network, options)
+    for convention in (KOHYA_TEXT, PEFT_TEXT) if text else (KOHYA_UNET, PEFT_UNET):
+        if found := part(state, convention):
+            try:
+                return import_lora(found, entries, shapes, convention)
+            except ValueError as error:
+                raise WeightsError(path, str(error)) from None
+    what = "text encoder" if text else "UNet"
+    raise WeightsError(path, f"holds no LoRA of a {what}, got names such as {sorted(state)[:2]}; give another --base")
+
+
+def _unet_entries(unet: UNet, options: Mapping[str, Any]) -> list[Entry]:
+    return diffusers_layout.unet_entries(unet, bool(options.get("linear_projection", False)))
 
 
 def part(state: Mapping[str, Any], convention: Convention) -> dict[str, Any]:

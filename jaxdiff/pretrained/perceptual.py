@@ -51,7 +51,7 @@ def import_lpips(state: Mapping[str, Any], lpips: LPIPS) -> Params:
     Raises:
       ValueError: tensors are missing, unexpected or wrongly shaped, all of them named; or a constant differs.
     """
-    return import_params(lpips_entries(), _without_copies(state), _lpips_shapes(lpips))
+    return import_params(lpips_entries(), without_copies(state), lpips_shapes(lpips))
 
 
 def import_lpips_parts(vgg16: Mapping[str, Any], heads: Mapping[str, Any], lpips: LPIPS) -> Params:
@@ -70,11 +70,11 @@ def import_lpips_parts(vgg16: Mapping[str, Any], heads: Mapping[str, Any], lpips
     Raises:
       ValueError: tensors are missing, unexpected or wrongly shaped; all of them are named.
     """
-    shapes = _lpips_shapes(lpips)
+    shapes = lpips_shapes(lpips)
     convolutions = {name: a for name, a in vgg16.items() if not name.startswith("classifier.")}
     return {
-        "vgg": import_params(_vgg_entries("", lambda stage, index: f"features.{index}"), convolutions, shapes["vgg"]),
-        "heads": import_params(_head_entries(""), _without_copies(heads), shapes["heads"]),
+        "vgg": import_params(_vgg_entries("", _torchvision), convolutions, shapes["vgg"]),
+        "heads": import_params(_head_entries(""), without_copies(heads), shapes["heads"]),
     }
 
 
@@ -85,7 +85,7 @@ def export_lpips(params: Params) -> dict[str, np.ndarray]:
 
 def lpips_entries() -> list[Entry]:
     """Every leaf of LPIPS with its name in a whole state dict."""
-    return _vgg_entries("vgg/", lambda stage, index: f"net.slice{stage}.{index}") + _head_entries("heads/")
+    return _vgg_entries("vgg/", _slices) + _head_entries("heads/")
 
 
 def import_inception(state: Mapping[str, Any], inception: Inception | None = None) -> Params:
@@ -105,7 +105,7 @@ def import_inception(state: Mapping[str, Any], inception: Inception | None = Non
     """
     inception = inception or Inception()
     state = {name: a for name, a in state.items() if not name.endswith(".num_batches_tracked")}
-    return import_params(inception_entries(inception), state, _inception_shapes(inception))
+    return import_params(inception_entries(inception), state, inception_shapes(inception))
 
 
 def export_inception(params: Params, inception: Inception | None = None) -> dict[str, np.ndarray]:
@@ -126,7 +126,7 @@ def inception_entries(inception: Inception) -> list[Entry]:
     """Every leaf of Inception with its torchvision name."""
     names = {"kernel": "conv.weight", "scale": "bn.weight", "bias": "bn.bias"}
     names |= {"mean": "bn.running_mean", "variance": "bn.running_var"}
-    leaves: Any = traverse_util.flatten_dict(_inception_shapes(inception), sep="/")
+    leaves: Any = traverse_util.flatten_dict(inception_shapes(inception), sep="/")
     entries = layer("logits", "fc", LINEAR)
     for path in leaves:
         unit, _, leaf = path.rpartition("/")
@@ -147,11 +147,20 @@ def _vgg_entries(prefix: str, name: Callable[[int, int], str]) -> list[Entry]:
     return entries
 
 
+def _torchvision(stage: int, index: int) -> str:
+    del stage
+    return f"features.{index}"
+
+
+def _slices(stage: int, index: int) -> str:
+    return f"net.slice{stage}.{index}"
+
+
 def _head_entries(prefix: str) -> list[Entry]:
     return [Entry(f"{prefix}{feature}", (f"lin{i}.model.1.weight",), HEAD) for i, feature in enumerate(FEATURES)]
 
 
-def _without_copies(state: Mapping[str, Any]) -> dict[str, Any]:
+def without_copies(state: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict without constants and second copies, once they are what they should be."""
     kept = {}
     for name, value in state.items():
@@ -167,10 +176,26 @@ def _without_copies(state: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _lpips_shapes(lpips: LPIPS) -> Params:
+def whole(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of LPIPS, from one that may hold torchvision's VGG16 under its own names.
+
+    Raises:
+      ValueError: as `without_copies`.
+    """
+    places = {
+        theirs.names[0]: ours.names[0]
+        for theirs, ours in zip(_vgg_entries("", _torchvision), _vgg_entries("", _slices), strict=True)
+    }
+    rest = {name: array for name, array in state.items() if not name.startswith("classifier.")}
+    return without_copies({places.get(name, name): array for name, array in rest.items()})
+
+
+def lpips_shapes(lpips: LPIPS) -> Params:
+    """Shapes of the parameters of LPIPS."""
     image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     return param_shapes(lpips, image, image)
 
 
-def _inception_shapes(inception: Inception) -> Params:
+def inception_shapes(inception: Inception) -> Params:
+    """Shapes of the parameters of Inception."""
     return param_shapes(inception, jax.ShapeDtypeStruct((1, SMALLEST, SMALLEST, 3), jnp.float32))

@@ -5,7 +5,6 @@ names). Convolutions lie as ours do. q, k and v of the attention are three layer
 one product here. Files are not read here.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +18,7 @@ from jaxdiff.networks.base import param_shapes
 from jaxdiff.networks.progdist_unet import ProgDistUNet
 from jaxdiff.networks.unet import Block, Resample, example_inputs, unet_plan
 from jaxdiff.networks.unet_presets import attention_factors
-from jaxdiff.pretrained.torch_layout import SAME, Entry, Layout, export_params, fused, import_params
+from jaxdiff.pretrained.torch_layout import SAME, Entry, Layout, check_config, export_params, fused, import_params
 from jaxdiff.types import Params
 
 NEEDED = frozenset("ch emb_ch out_ch ch_mult num_res_blocks attn_resolutions".split())
@@ -41,11 +40,7 @@ def unet_from_config(config: Mapping[str, Any], *, resolution: int) -> ProgDistU
     Raises:
       ValueError: an unknown or missing setting.
     """
-    for key in config:
-        if key not in CONFIG_KEYS:
-            close = difflib.get_close_matches(key, CONFIG_KEYS, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {sorted(CONFIG_KEYS)}"
-            raise ValueError(f"{key!r} is not a setting of the progressive distillation UNet{hint}")
+    check_config(config, CONFIG_KEYS, "progressive distillation")
     if missing := sorted(NEEDED - set(config)):
         raise ValueError(f"the UNet configuration lacks {missing}")
     num_heads, head_dim = config.get("num_heads"), config.get("head_dim")

@@ -95,6 +95,18 @@ def import_params(entries: Sequence[Entry], state: Mapping[str, Any], shapes: Pa
     Raises:
       ValueError: tensors are missing, unexpected or wrongly shaped; all of them are named.
     """
+    check_state(entries, state, shapes)
+    targets: Any = traverse_util.flatten_dict(shapes, sep="/")
+    tree = {entry.path: leaf(entry, state, targets[entry.path]) for entry in entries}
+    return traverse_util.unflatten_dict(tree, sep="/")
+
+
+def check_state(entries: Sequence[Entry], state: Mapping[str, Any], shapes: Params) -> None:
+    """Refuses a state dict that does not fill every leaf and use up every tensor, by names and shapes alone.
+
+    Raises:
+      ValueError: tensors are missing, unexpected or wrongly shaped; all of them are named.
+    """
     targets: Any = traverse_util.flatten_dict(shapes, sep="/")
     _check_entries(entries, targets)
     names = {name for entry in entries for name in entry.names}
@@ -113,11 +125,12 @@ def import_params(entries: Sequence[Entry], state: Mapping[str, Any], shapes: Pa
         problems.append(f"{len(wrong)} wrongly shaped ({_listed(wrong)})")
     if problems:
         raise ValueError(f"the state dict does not fit this network: {'; '.join(problems)}; check its configuration")
-    tree = {}
-    for entry in entries:
-        value = entry.layout.to_ours([np.asarray(state[name]) for name in entry.names])
-        tree[entry.path] = np.ascontiguousarray(value, dtype=targets[entry.path].dtype)
-    return traverse_util.unflatten_dict(tree, sep="/")
+
+
+def leaf(entry: Entry, state: Mapping[str, Any], target: Any) -> np.ndarray:
+    """One leaf of a tree from a state dict that `check_state` has let pass; target has its shape and dtype."""
+    value = entry.layout.to_ours([np.asarray(state[name]) for name in entry.names])
+    return np.asarray(value, dtype=target.dtype, order="C")
 
 
 def export_params(entries: Sequence[Entry], params: Params) -> dict[str, np.ndarray]:
@@ -131,7 +144,7 @@ def export_params(entries: Sequence[Entry], params: Params) -> dict[str, np.ndar
     state = {}
     for entry in entries:
         tensors = entry.layout.to_torch(np.asarray(leaves[entry.path]))
-        state |= {name: np.ascontiguousarray(tensor) for name, tensor in zip(entry.names, tensors, strict=True)}
+        state |= {name: np.asarray(tensor, order="C") for name, tensor in zip(entry.names, tensors, strict=True)}
     return state
 
 
@@ -156,4 +169,4 @@ def check_config(config: Mapping[str, Any], known: Iterable[str], release: str) 
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known are {known}"
-            raise ValueError(f"{key!r} is not a setting of the {release} UNet{hint}")
+            raise ValueError(f"{key!r} is not a setting of the {release} network{hint}")

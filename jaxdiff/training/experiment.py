@@ -78,6 +78,7 @@ class Experiment:
         `sharding.Partition`. A run may go on with another one.
       preview_steps: length of the sampling grid for pictures during training; None for the method's own.
       evaluation: what `evaluate` compares samples with; training never reads it.
+      networks: {player: Flax module}; only `jaxdiff export` reads them.
 
     Raises:
       ValueError: when made, naming the field, what it got and what it takes.
@@ -104,6 +105,7 @@ class Experiment:
     partition: Partition = ()
     preview_steps: int | None = None
     evaluation: Any = None
+    networks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):

@@ -168,7 +168,7 @@ def test_tensors_that_do_not_fit_are_named():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ch_mul": [1]}, "'ch_mul' is not a setting of the CompVis autoencoders; did you mean 'ch_mult'"),
+        ({"ch_mul": [1]}, "'ch_mul' is not a setting of the CompVis autoencoder network; did you mean 'ch_mult'"),
         ({"tanh_out": True}, "tanh_out True is not supported in this kind of autoencoder, expected False"),
         ({"double_z": False}, "double_z False is not supported in this kind of autoencoder, expected True"),
         ({"attn_type": "linear"}, "attn_type 'linear' is not supported, expected 'vanilla' or 'none'"),

@@ -1,0 +1,59 @@
+"""The options that several commands of the command line share; which commands there are stands in `cli.py`."""
+
+from jaxdiff.arguments import Parser, number, whole
+
+
+def experiment(command: Parser) -> None:
+    """An experiment file, its settings and a mesh."""
+    command.add_argument("file", metavar="FILE", help="experiment file, Python with a function build(...)")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of build(...)")
+    devices = "one" if command.prog.endswith("info") else "all along data, of a CPU along fsdp"
+    command.add_argument("--mesh", default="", help=f"devices by axis, such as data=4,fsdp=2 (default: {devices})")
+
+
+def devices(command: Parser) -> None:
+    """Devices of a CPU, and other processes."""
+    command.add_argument(
+        "--cpu-devices", type=whole(1), metavar="N", help="share batches among N devices of a CPU, one for each core"
+    )
+    command.add_argument(
+        "--distributed", choices=("auto", "off"), default="auto",
+        help="join the other processes if the environment names them (TPU pod, Slurm, Open MPI, JAXDIFF_COORDINATOR)",
+    )  # fmt: skip
+
+
+def sampling(command: Parser, num: int | None, grid: bool = True) -> None:
+    """A run and what to draw from it; num is the usual number of samples, None for the experiment's."""
+    what = "folder of a run" if num is None else "folder of a run, or a frozen sampler (.jaxdiff)"
+    command.add_argument("run_folder", metavar="RUN", help=what)
+    usual = "the experiment's" if num is None else num
+    command.add_argument("--num", type=whole(1), default=num, metavar="N", help=f"number of samples (default: {usual})")
+    sampler(command, grid)
+    command.add_argument("--guidance", type=number(), metavar="W", help="classifier-free guidance scale; 1 is none")
+    command.add_argument("--class", type=whole(0), dest="label", metavar="C", help="one class (default: all in turn)")
+    command.add_argument(
+        "--seed", type=whole(0, 2**32 - 1), default=0, metavar="K", help="of all that is drawn (default: 0)"
+    )
+    command.add_argument("--batch-size", type=whole(1), metavar="N", help="samples at once (default: 256)")
+    devices(command)
+
+
+def sampler(command: Parser, grid: bool = True, eta: bool = True) -> None:
+    """Solver, grid and parameters of a sampler."""
+    if grid:
+        command.add_argument("--steps", type=whole(1), metavar="S", help="solver steps (default: the method's)")
+        command.add_argument("--solver", metavar="NAME", help="name of a solver (default: the method's)")
+    if grid and eta:
+        command.add_argument(
+            "--eta", type=number(0.0, 1.0), help="noise of ddim, 0 to 1: none to that of ancestral (default: 0)"
+        )
+    command.add_argument("--ema", metavar="NAME", help="which average to use, or raw (default: the last one)")
+    command.add_argument("--experiment", metavar="FILE", help="experiment file, if it has moved")
+
+
+def weights(command: Parser) -> None:
+    """Kind, configuration and dtype of published weights."""
+    command.add_argument("kind", metavar="KIND", help="form of the weights, see the list below")
+    command.add_argument(
+        "--config", metavar="NAME", help="a published configuration, or a JSON file with the publisher's own"
+    )
