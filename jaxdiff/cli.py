@@ -56,10 +56,12 @@ def parser() -> Parser:
     evaluate = command("evaluate", "judge samples of a run against held-out data", f"{SOLVERS}\n\n{METRICS}")
     options.sampling(evaluate, num=None)
     evaluate.add_argument("--metrics", metavar="NAMES", help="comma-separated (default: the experiment's)")
+    options.judging(evaluate)
 
     compare = command("compare", "quality against number of network calls, for several solvers", SOLVERS)
     options.sampling(compare, num=None, grid=False)
     compare.add_argument("--solvers", metavar="NAMES", help="comma-separated (default: the experiment's)")
+    options.judging(compare)
     compare.add_argument(
         "--calls", metavar="NUMBERS", help="of the network, comma-separated (default: the experiment's)"
     )

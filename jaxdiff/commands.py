@@ -5,6 +5,7 @@ Each checks everything that can be wrong before it starts to work, prints what i
 
 import argparse
 import collections
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -157,7 +158,7 @@ def evaluate(args: argparse.Namespace) -> int:
     solver = _solver(args)
     names = _names("--metrics", args.metrics, (*METRICS, BITS))
     drawn = Drawing(args)
-    evaluation = evaluation_of(drawn.experiment)
+    evaluation = evaluation_of(drawn.experiment, args.inception)
     names, num = names or evaluation.metrics, args.num or evaluation.num
     of_samples = [name for name in names if name != BITS]
     if BITS in names:
@@ -188,7 +189,7 @@ def compare(args: argparse.Namespace) -> int:
     solvers = [named_solver(name) for name in _names("--solvers", args.solvers, None)]
     calls = None if args.calls is None else numbers(args.calls)
     drawn = Drawing(args)
-    evaluation = evaluation_of(drawn.experiment)
+    evaluation = evaluation_of(drawn.experiment, args.inception)
     solvers = solvers or [named_solver(name) for name in evaluation.solvers]
     plan = [(solver, solver.steps(most)) for solver in solvers for most in calls or evaluation.calls]
     names, num, folder = evaluation.metrics, args.num or evaluation.num, as_path(args.run_folder)
@@ -256,17 +257,24 @@ def checkpoint(args: argparse.Namespace) -> int:
     return 0 if sound else 2
 
 
-def evaluation_of(experiment: Experiment) -> Evaluation:
-    """The experiment's evaluation.
+def evaluation_of(experiment: Experiment, inception: str | None = None) -> Evaluation:
+    """The experiment's evaluation, by its own extractor or by the Inception network of a weight file.
 
     Raises:
       UsageError: if it has none.
+      ValueError: if the file holds no Inception weights.
     """
     if not isinstance(experiment.evaluation, Evaluation):
         raise UsageError(
             f"experiment {experiment.name} names nothing to evaluate against; give it evaluation=Evaluation(...)"
         )
-    return experiment.evaluation
+    if inception is None:
+        return experiment.evaluation
+    from jaxdiff.metrics.inception import inception_extractor
+    from jaxdiff.pretrained.perceptual import load_inception
+
+    params = load_inception(inception)
+    return dataclasses.replace(experiment.evaluation, extractor=lambda: inception_extractor(params))
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -51,6 +51,13 @@ def sampler(command: Parser, grid: bool = True, eta: bool = True) -> None:
     command.add_argument("--experiment", metavar="FILE", help="experiment file, if it has moved")
 
 
+def judging(command: Parser) -> None:
+    """Who judges samples."""
+    command.add_argument(
+        "--inception", metavar="FILE", help="pytorch-fid's weights, to judge by (default: the experiment's extractor)"
+    )
+
+
 def weights(command: Parser) -> None:
     """Kind, configuration and dtype of published weights."""
     command.add_argument("kind", metavar="KIND", help="form of the weights, see the list below")

@@ -5,7 +5,7 @@ Checkpoints that hold several networks are in `BUNDLES`, as prefixes of such kin
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -93,6 +93,20 @@ VQ = {
     "vqgan-f16-1024": lambda: Spec(autoencoder_vq.vqgan_f16(1024)),
     "vqgan-f16-16384": lambda: Spec(autoencoder_vq.vqgan_f16(16384)),
 }
+# Networks that have no preset of their own, as their publishers configure them.
+IDDPM_LSUN = {
+    "model_channels": 128, "out_channels": 6, "num_res_blocks": 2, "channel_mult": (1, 1, 2, 2, 4, 4),
+    "attention_resolutions": (16,), "num_heads": 1, "num_heads_upsample": -1,
+}  # fmt: skip
+IDDPM_UPSAMPLER = {
+    "super_resolution": True, "model_channels": 192, "out_channels": 6, "num_res_blocks": 2,
+    "channel_mult": (1, 1, 2, 2, 4, 4), "attention_resolutions": (16, 32), "num_heads": 4, "num_classes": 1000,
+    "use_scale_shift_norm": True,
+}  # fmt: skip
+LDM_CHURCHES = {
+    "in_channels": 4, "out_channels": 4, "model_channels": 192, "num_res_blocks": 2, "channel_mult": (1, 2, 2, 4, 4),
+    "attention_resolutions": (1, 2, 4, 8), "num_heads": 8, "use_scale_shift_norm": True, "resblock_updown": True,
+}  # fmt: skip
 DECODER = {"consistency-decoder": lambda: Spec(consistency_decoder.ConsistencyDecoder())}
 GENERATORS = ("netG_dict.", "")
 DISCRIMINATORS = ("netD_dict.", "")
@@ -106,6 +120,8 @@ KINDS: dict[str, Kind] = {
             "iddpm-cifar10": lambda: Spec(unets.iddpm_unet(32)),
             "iddpm-imagenet64": lambda: Spec(unets.iddpm_unet(64)),
             "iddpm-imagenet64-cond": lambda: Spec(unets.iddpm_unet(64, num_classes=1000)),
+            "iddpm-lsun": lambda: forms.openai_unet_config(IDDPM_LSUN),
+            "iddpm-upsampler": lambda: forms.openai_unet_config(IDDPM_UPSAMPLER),
             "adm-imagenet64": lambda: Spec(unets.adm_unet(64), {"new_attention_order": True}),
             "adm-imagenet128": lambda: Spec(unets.adm_unet(128)),
             "adm-imagenet256": lambda: Spec(unets.adm_unet(256)),
@@ -137,6 +153,7 @@ KINDS: dict[str, Kind] = {
         "UNet of latent diffusion and Stable Diffusion, CompVis names", forms.compvis_unet, UNET,
         SD | {
             "ldm-f4": lambda: Spec(unets.ldm_unet()),
+            "ldm-churches": lambda: forms.compvis_unet_config(LDM_CHURCHES),
             "ldm-imagenet-f4": lambda: Spec(unets.ldm_imagenet_unet(4)),
             "ldm-imagenet-f8": lambda: Spec(unets.ldm_imagenet_unet(8)),
             "ldm-text": lambda: Spec(unets.ldm_text_unet()),
@@ -310,12 +327,14 @@ class Bundle(NamedTuple):
       parts: those that may be in it; what is there is imported.
       ignored: names of tensors that are no weights, or of training alone.
       families: what `families.guess` calls it.
+      configure: networks by part -> the publisher's configuration, for those that keep it beside the weights.
     """
 
     about: str
     parts: tuple[Part, ...]
     ignored: re.Pattern[str]
     families: tuple[str, ...] = ()
+    configure: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
 
 SCHEDULES = (
@@ -357,5 +376,6 @@ BUNDLES: dict[str, Bundle] = {
         ),
         re.compile(r"(means|stds)$"),
         ("consistency decoder (diffusers)",),
+        write.consistency_decoder_config,
     ),
 }

@@ -171,7 +171,13 @@ def encoder_config(config: Mapping[str, Any]) -> Spec:
 
 def decoder(network: Any, names: decoders.Names) -> Translation:
     """The consistency decoder, in one of the forms it is passed on in."""
-    return Translation(decoders.decoder_entries(network, names))
+    table = f"{names.ends[decoders.ENDS.index('time_table')]}.weight"
+
+    def clean(state: State) -> State:
+        # OpenAI's table of times comes in a file of its own, in which it has no name but "weight".
+        return {table if name == "weight" else name: array for name, array in state.items()}
+
+    return Translation(decoders.decoder_entries(network, names), clean)
 
 
 def diffusers_decoder_config(config: Mapping[str, Any]) -> Spec:

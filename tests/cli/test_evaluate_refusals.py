@@ -6,6 +6,8 @@ CASES = [
     ("evaluate", "required: RUN", "jaxdiff evaluate --help"),
     ("evaluate {run} --metric frechet", "no option --metric", "did you mean '--metrics'?"),
     ("evaluate {run} --out a.png", "jaxdiff evaluate has no option --out"),
+    ("evaluate {run} --inception nothing.pth", "nothing.pth: is not there", "check the path"),
+    ("compare {run} --inception {run}/run.json", "is JSON without a weight_map", "give a weight file"),
     ("evaluate {run} --metrics frechet,acuracy", "unknown metric 'acuracy'", "did you mean 'accuracy'?"),
     ("evaluate {run} --metrics fid", "unknown metric 'fid'", "choose from: frechet, kernel"),
     ("evaluate {run} --metrics ,", "--metrics is empty", "leave it out for the usual ones"),

@@ -237,3 +237,18 @@ def test_a_bundle_becomes_a_folder_of_networks_and_the_same_file_again(tmp_path,
     np.testing.assert_array_equal(
         np.asarray(averaged.leaves["conv_out/bias"]), state["model.diffusion_model.out.2.bias"] + 1
     )
+
+
+def test_the_consistency_decoders_table_of_times_comes_in_a_file_of_its_own(tmp_path, monkeypatch):
+    spec = TINY["consistency-decoder"]
+    kind = KINDS["consistency-decoder"]._replace(published={"tiny": lambda: spec})
+    monkeypatch.setitem(KINDS, "consistency-decoder", kind)
+    state = {name: np.asarray(a) for name, a in released(kind, spec, drawn(kind.shapes(spec.network))).items()}
+    table = state.pop("embed_time.emb.weight")
+    files.write(tmp_path / "decoder.safetensors", state)
+    files.write(tmp_path / "embedding.safetensors", {"weight": table})
+    both = [tmp_path / "decoder.safetensors", tmp_path / "embedding.safetensors"]
+    (plan,) = plans.plan_import("consistency-decoder", both)
+    np.testing.assert_array_equal(np.asarray(plan.leaves["time_table/embedding"]), table)
+    with pytest.raises(ValueError, match=r"1 missing \(embed_time.emb.weight\)"):
+        plans.plan_import("consistency-decoder", both[:1])
