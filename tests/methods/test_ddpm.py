@@ -66,7 +66,15 @@ def make(network=mlp, betas=BETAS, **settings):
 
 def first_loss(method, batch, key=KEY):
     params, aux = method.init(key, batch)
-    return method.objectives[0].loss(params, aux, batch, key, jnp.int32(0))
+    return loss_of(method)(params, aux, batch, key, jnp.int32(0))
+
+
+def loss_of(method):
+    return jax.jit(method.objectives[0].loss)
+
+
+def samples_of(method, params, aux, noise, cond, sampling):
+    return jax.jit(functools.partial(method.generate, sampling=sampling))(params, aux, KEY, noise, cond)
 
 
 def test_the_exact_network_has_the_known_minimum():
@@ -97,7 +105,7 @@ def test_ddpm_learns_a_gaussian_and_samples_its_moments():
         seen.append(float(loss))
     assert np.mean(seen[-50:]) < 0.5 * np.mean(seen[:5])
     noise = jax.random.normal(KEY, (4000, 2))
-    samples = np.asarray(jax.jit(functools.partial(method.generate, sampling=Sampling()))(params, aux, KEY, noise, {}))
+    samples = np.asarray(samples_of(method, params, aux, noise, {}, Sampling()))
     assert samples.mean(axis=0) == pytest.approx(MEAN, abs=0.06)
     assert samples.std(axis=0) == pytest.approx(STD, abs=0.06)
 
@@ -125,10 +133,15 @@ def test_a_perfect_output_has_no_divergence(meaning, variance):
         output = jnp.concatenate([output, jnp.broadcast_to(between.log_variance.reshape(3, 1, 1, 1), x0.shape)], -1)
     if variance is process.learned_range:
         output = jnp.concatenate([output, -jnp.ones_like(x0)], -1)
-    terms = chain_loss(chain, output, x0, eps, t, variance=variance, loss=Loss.MSE)
-    assert terms["mse"] == pytest.approx(0, abs=1e-6)
+
+    @jax.jit
+    def both(output):
+        mse, kl = (chain_loss(chain, output, x0, eps, t, variance=variance, loss=loss) for loss in (Loss.MSE, Loss.KL))
+        return mse["mse"], kl["total"]
+
+    mse, kl = both(output)
+    assert mse == pytest.approx(0, abs=1e-6)
     if variance is not process.fixed_large:
-        kl = chain_loss(chain, output, x0, eps, t, variance=variance, loss=Loss.KL)["total"]
         assert kl == pytest.approx(0, abs=2e-5)
 
 
@@ -136,15 +149,21 @@ def test_the_hybrid_bound_leaves_the_mean_channels_alone():
     x0, eps, output = (jax.random.normal(jax.random.key(i), (4, 2, 2, c)) for i, c in enumerate((1, 1, 2)))
     t, chain = jnp.array([0, 3, 20, 39]), tabulate(BETAS, parameterization.eps())
     losses_of = functools.partial(chain_loss, chain, x0=x0, eps=eps, t=t, variance=process.learned_range)
-    vb = jax.grad(lambda f: losses_of(f, loss=Loss.RESCALED_MSE)["vb"].sum())(output)
+
+    @jax.jit
+    def gradients(f):
+        def total(f, name, loss):
+            return losses_of(f, loss=loss)[name].sum()
+
+        return jax.grad(total)(f, "vb", Loss.RESCALED_MSE), jax.grad(total)(f, "total", Loss.KL)
+
+    vb, kl = gradients(output)
     assert (vb[..., 0] == 0).all() and (vb[..., 1] != 0).all()
-    kl = jax.grad(lambda f: losses_of(f, loss=Loss.KL)["total"].sum())(output)
     assert (kl[..., 0] != 0).any()
-    plain, rescaled = losses_of(output, loss=Loss.MSE), losses_of(output, loss=Loss.RESCALED_MSE)
+    plain, rescaled, kl, whole = jax.jit(lambda f: [losses_of(f, loss=loss) for loss in Loss])(output)
     assert rescaled["vb"] == pytest.approx(plain["vb"] * 40 / 1000)
     assert rescaled["total"] == pytest.approx(plain["mse"] + plain["vb"] * 40 / 1000)
-    whole = losses_of(output, loss=Loss.RESCALED_KL)["total"]
-    assert whole == pytest.approx(40 * losses_of(output, loss=Loss.KL)["total"])
+    assert whole["total"] == pytest.approx(40 * kl["total"])
 
 
 @pytest.mark.parametrize("loss", Loss)
@@ -158,9 +177,10 @@ def test_every_loss_is_finite_on_images_with_a_learned_variance(loss):
     method = make(network, init_params=scale, variance=process.learned_range, loss=loss, loss_history=2)
     batch = {"x0": jnp.round(jax.random.uniform(KEY, (8, 4, 4, 3)) * 255) / 127.5 - 1}
     params, aux = method.init(KEY, batch)
-    (value, metrics), grads = jax.value_and_grad(method.objectives[0].loss, has_aux=True)(params, aux, batch, KEY, 0)
+    gradient = jax.jit(jax.value_and_grad(method.objectives[0].loss, has_aux=True))
+    (value, metrics), grads = gradient(params, aux, batch, KEY, 0)
     chex.assert_tree_all_finite((value, metrics, grads))
-    samples = method.generate(params, aux, KEY, jax.random.normal(KEY, (2, 4, 4, 3)), {}, Sampling(num_steps=4))
+    samples = samples_of(method, params, aux, jax.random.normal(KEY, (2, 4, 4, 3)), {}, Sampling(num_steps=4))
     assert samples.shape == (2, 4, 4, 3) and jnp.abs(samples).max() <= 1
 
 
@@ -169,7 +189,7 @@ def test_weighting_and_importance_are_unbiased_factors():
     batch = gaussian_batch(KEY, 60_000)
     method = make(network, init_params=lambda k, b: {}, loss_history=1)
     history = times.LossHistory(jnp.linspace(1.0, 4.0, 40)[:, None], jnp.ones(40, jnp.int32))
-    reweighted, metrics = method.objectives[0].loss({"model": {}}, {"history": history}, batch, KEY, 0)
+    reweighted, metrics = loss_of(method)({"model": {}}, {"history": history}, batch, KEY, 0)
     assert float(reweighted) == pytest.approx(least_loss(), rel=0.03)
     assert metrics["t"].mean() > 22  # later steps had the larger losses; uniform draws would give 19.5
     plain, _ = first_loss(make(network, init_params=lambda k, b: {}), batch)
@@ -183,7 +203,7 @@ def test_advance_records_unweighted_losses_in_order():
     method = make(loss_history=2)
     batch = gaussian_batch(KEY, 16)
     params, aux = method.init(KEY, batch)
-    _, metrics = method.objectives[0].loss(params, aux, batch, KEY, jnp.int32(0))
+    _, metrics = loss_of(method)(params, aux, batch, KEY, jnp.int32(0))
     after = method.advance(aux, params, jnp.int32(0), metrics)
     expected = times.update_history(aux["history"], metrics["t"], metrics["mse"])
     chex.assert_trees_all_close(after["history"], expected)
@@ -224,12 +244,12 @@ def test_sampling_times_and_solver_replace_the_defaults():
     method = make(exact_eps(schedule), init_params=lambda k, b: {}, clip=None)
     noise = jax.random.normal(KEY, (3, 2))
     grid = jnp.array([39.0, 20.0, 3.0])
-    chosen = method.generate({"model": {}}, {}, KEY, noise, {}, Sampling(times=grid, solver=ddim))
+    chosen = samples_of(method, {"model": {}}, {}, noise, {}, Sampling(times=grid, solver=ddim))
     (alpha,), (sigma,) = (np.asarray(a) for a in schedule.level(grid[:1]))
     exact = MEAN + STD / np.sqrt(alpha**2 * STD**2 + sigma**2) * (sigma * np.asarray(noise) - alpha * MEAN)
     assert chosen.shape == (3, 2)
-    assert not np.allclose(chosen, method.generate({"model": {}}, {}, KEY, noise, {}, Sampling(num_steps=3)))
-    full = method.generate({"model": {}}, {}, KEY, noise, {}, Sampling(solver=heun))
+    assert not np.allclose(chosen, samples_of(method, {"model": {}}, {}, noise, {}, Sampling(num_steps=3)))
+    full = samples_of(method, {"model": {}}, {}, noise, {}, Sampling(solver=heun))
     assert full == pytest.approx(exact, abs=0.02)
 
 
@@ -237,7 +257,7 @@ def test_guidance_one_is_the_condition_and_missing_labels_are_null():
     method = make(null_label=3, label_dropout=0.1)
     params = {"model": mlp_params(KEY, None) | {"label": jnp.arange(8.0).reshape(4, 2)}}
     noise, label = jax.random.normal(KEY, (5, 2)), {"label": jnp.full(5, 1, jnp.int32)}
-    run = functools.partial(method.generate, params, {}, KEY, noise)
+    run = functools.partial(samples_of, method, params, {}, noise)
     plain = np.asarray(run(label, Sampling(num_steps=3)))
     assert run(label, Sampling(num_steps=3, guidance_scale=jnp.float32(1))) == pytest.approx(plain, abs=1e-6)
     null = np.asarray(run({"label": jnp.full(5, 3, jnp.int32)}, Sampling(num_steps=3)))
@@ -282,5 +302,6 @@ def test_zero_terminal_snr_trains_and_samples_with_v():
     method = make(betas=betas, parameterization=parameterization.v())
     batch = gaussian_batch(KEY, 64)
     params, aux = method.init(KEY, batch)
-    chex.assert_tree_all_finite(jax.grad(lambda p: method.objectives[0].loss(p, aux, batch, KEY, 0)[0])(params))
-    chex.assert_tree_all_finite(method.generate(params, aux, KEY, batch["x0"], {}, Sampling()))
+    gradient = jax.jit(jax.grad(method.objectives[0].loss, has_aux=True))
+    chex.assert_tree_all_finite(gradient(params, aux, batch, KEY, 0))
+    chex.assert_tree_all_finite(samples_of(method, params, aux, batch["x0"], {}, Sampling()))

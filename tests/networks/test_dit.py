@@ -132,7 +132,7 @@ def test_bfloat16_blocks_end_in_float32():
 def test_a_network_without_classes_takes_no_label():
     dit = TINY.clone(num_classes=None, null_label=False)
     x_t, t, _ = inputs()
-    assert as_network(dit)(active_params(dit), x_t, t, {}).shape == (2, 4, 8, 3)
+    assert jax.eval_shape(as_network(dit), active_params(dit), x_t, t, {}).shape == (2, 4, 8, 3)
 
 
 @pytest.mark.parametrize("label", [-1, 4])

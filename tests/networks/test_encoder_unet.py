@@ -59,7 +59,7 @@ def test_an_untrained_classifier_with_a_zero_output_layer_prefers_no_class():
     encoder = TINY.clone(pool="adaptive")
     params = init_params(encoder, jax.random.key(0), *example_inputs(encoder))
     x = jax.random.normal(jax.random.key(1), (2, 6, 4, 3))
-    logits = as_network(encoder)(params, x, jnp.asarray([1.0, 2.0]), {})
+    logits = jax.jit(as_network(encoder))(params, x, jnp.asarray([1.0, 2.0]), {})
     np.testing.assert_array_equal(logits, np.zeros((2, 3)))
 
 

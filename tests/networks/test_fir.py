@@ -1,5 +1,7 @@
 """FIR resampling against a definition in NumPy, and the identities that tie its forms together."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,10 @@ from jaxdiff.networks.layers import downsample_mean, upsample_nearest
 
 TAPS = (1.0, 3.0, 3.0, 1.0)
 INSIDE = slice(2, -2)
+
+
+def compiled(function, taps=TAPS):
+    return jax.jit(functools.partial(function, taps=taps))
 
 
 def image(seed, *shape):
@@ -31,46 +37,47 @@ def test_upfirdn_is_its_definition_along_both_axes(up, down, pad):
     x = image(0, 1, 6, 7, 1)
     expected = np.stack([by_definition(row, taps, up, down, pad) for row in np.asarray(x)[0, :, :, 0]])
     expected = np.stack([by_definition(column, taps, up, down, pad) for column in expected.T]).T
-    found = fir.upfirdn(x, taps, up=up, down=down, pad=pad)
+    found = jax.jit(functools.partial(fir.upfirdn, taps=taps, up=up, down=down, pad=pad))(x)
     np.testing.assert_allclose(found[0, :, :, 0], expected, atol=1e-5)
 
 
 def test_resampling_keeps_a_constant_inside_the_image():
     x = jnp.ones((1, 8, 8, 2))
-    np.testing.assert_allclose(fir.upsample_fir(x, TAPS)[:, INSIDE, INSIDE], 1.0, atol=1e-6)
-    np.testing.assert_allclose(fir.downsample_fir(x, TAPS)[:, 1:-1, 1:-1], 1.0, atol=1e-6)
+    enlarged, shrunk = (np.asarray(compiled(f)(x)) for f in (fir.upsample_fir, fir.downsample_fir))
+    np.testing.assert_allclose(enlarged[:, INSIDE, INSIDE], 1.0, atol=1e-6)
+    np.testing.assert_allclose(shrunk[:, 1:-1, 1:-1], 1.0, atol=1e-6)
 
 
 def test_two_equal_taps_repeat_pixels_and_take_means():
     x = image(1, 2, 4, 6, 3)
-    np.testing.assert_allclose(fir.upsample_fir(x, (1.0, 1.0)), upsample_nearest(x), atol=1e-6)
-    np.testing.assert_allclose(fir.downsample_fir(x, (1.0, 1.0)), downsample_mean(x), atol=1e-6)
+    np.testing.assert_allclose(compiled(fir.upsample_fir, (1.0, 1.0))(x), upsample_nearest(x), atol=1e-6)
+    np.testing.assert_allclose(compiled(fir.downsample_fir, (1.0, 1.0))(x), downsample_mean(x), atol=1e-6)
 
 
 def test_enlarging_is_four_times_the_adjoint_of_shrinking():
     small, large = image(2, 1, 4, 4, 2), image(3, 1, 8, 8, 2)
-    left = jnp.sum(fir.upsample_fir(small, TAPS) * large)
-    np.testing.assert_allclose(left, 4 * jnp.sum(small * fir.downsample_fir(large, TAPS)), rtol=1e-5)
+    left = np.sum(compiled(fir.upsample_fir)(small) * np.asarray(large))
+    np.testing.assert_allclose(left, 4 * np.sum(small * np.asarray(compiled(fir.downsample_fir)(large))), rtol=1e-5)
 
 
 def test_filtering_and_convolving_with_stride_is_convolving_and_then_shrinking_inside():
     x, kernel = image(4, 1, 12, 12, 2), image(5, 3, 3, 2, 3)
-    found = fir.downsample_conv(x, kernel, TAPS)
+    found = np.asarray(compiled(fir.downsample_conv)(x, kernel))
     assert found.shape == (1, 6, 6, 3)
-    expected = fir.downsample_fir(convolve(x, kernel), TAPS)
+    expected = np.asarray(compiled(lambda x, kernel, taps: fir.downsample_fir(convolve(x, kernel), taps))(x, kernel))
     np.testing.assert_allclose(found[:, 1:-1, 1:-1], expected[:, 1:-1, 1:-1], atol=1e-4)
 
 
 def test_convolving_between_pixels_and_filtering_is_enlarging_and_then_convolving_inside():
     x, kernel = image(6, 1, 6, 6, 2), image(7, 3, 3, 2, 3)
-    found = fir.upsample_conv(x, kernel, TAPS)
+    found = np.asarray(compiled(fir.upsample_conv)(x, kernel))
     assert found.shape == (1, 12, 12, 3)
-    expected = convolve(fir.upsample_fir(x, TAPS), kernel)
+    expected = np.asarray(compiled(lambda x, kernel, taps: convolve(fir.upsample_fir(x, taps), kernel))(x, kernel))
     np.testing.assert_allclose(found[:, INSIDE, INSIDE], expected[:, INSIDE, INSIDE], atol=1e-4)
 
 
 def test_half_precision_stays_half_precision():
-    assert fir.upsample_fir(jnp.ones((1, 4, 4, 1), jnp.bfloat16), TAPS).dtype == jnp.bfloat16
+    assert jax.eval_shape(compiled(fir.upsample_fir), jnp.ones((1, 4, 4, 1), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

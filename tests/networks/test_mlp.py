@@ -18,14 +18,14 @@ CLASSES = MLP(features=8, num_blocks=2, num_classes=2, null_label=True)
 def test_output_has_the_shape_of_the_points_or_the_width_asked_for():
     for module, width in ((MLP(features=8), 2), (MLP(features=8, out_features=5), 5)):
         params = init_params(module, jax.random.key(0), X, T, {})
-        out = as_network(module)(params, X, T, {})
+        out = jax.eval_shape(as_network(module), params, X, T, {})
         assert out.shape == (3, width) and out.dtype == jnp.float32
 
 
 def test_gradient_reaches_every_parameter_and_time_and_label_matter():
     params = init_params(CLASSES, jax.random.key(0), X, T, LABEL)
-    network = as_network(CLASSES)
-    gradient = jax.grad(lambda p: jnp.sum(network(p, X, T, LABEL) ** 2))(params)
+    network = jax.jit(as_network(CLASSES))
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(network(p, X, T, LABEL) ** 2)))(params)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
     out = network(params, X, T, LABEL)
     assert np.abs(out - network(params, X, T + 1, LABEL)).min() > 0
@@ -34,23 +34,25 @@ def test_gradient_reaches_every_parameter_and_time_and_label_matter():
 
 def test_examples_do_not_mix():
     params = init_params(CLASSES, jax.random.key(0), X, T, LABEL)
-    whole = as_network(CLASSES)(params, X, T, LABEL)
-    alone = as_network(CLASSES)(params, X[1:2], T[1:2], {"label": LABEL["label"][1:2]})
+    network = jax.jit(as_network(CLASSES))
+    whole = network(params, X, T, LABEL)
+    alone = network(params, X[1:2], T[1:2], {"label": LABEL["label"][1:2]})
     np.testing.assert_allclose(whole[1:2], alone, atol=1e-6)
 
 
 def test_fields_choose_time_features_output_rule_and_dtype():
     module = MLP(features=8, time_features=fourier_embedding, output_rule=zeros, dtype=jnp.bfloat16)
     params = init_params(module, jax.random.key(0), X, T, {})
-    out = as_network(module)(params, X, T / 1000, {})
+    out = jax.jit(as_network(module))(params, X, T / 1000, {})
     assert out.dtype == jnp.float32
     np.testing.assert_array_equal(out, 0.0)
 
 
 def test_dropout_acts_in_training_only():
     module = MLP(features=16, dropout=0.5)
-    params, network = init_params(module, jax.random.key(0), X, T, {}), as_network(module)
-    np.testing.assert_array_equal(network(params, X, T, {}), as_network(MLP(features=16))(params, X, T, {}))
+    params = init_params(module, jax.random.key(0), X, T, {})
+    network, without = (jax.jit(as_network(m), static_argnames="train") for m in (module, MLP(features=16)))
+    np.testing.assert_array_equal(network(params, X, T, {}), without(params, X, T, {}))
     assert np.abs(network(params, X, T, {}, train=True, key=jax.random.key(0)) - network(params, X, T, {})).max() > 1e-3
     with pytest.raises(ValueError, match="needs a random key"):
         network(params, X, T, {}, train=True)

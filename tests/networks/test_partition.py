@@ -1,5 +1,6 @@
 """The UNet's rules for the tensor axis on published networks: which layers they split, and that they do so in pairs."""
 
+import functools
 import re
 
 import jax
@@ -15,10 +16,14 @@ from jaxdiff.training.sharding import device_shape
 PRESETS = {"ddpm": ddpm_unet(32), "adm": adm_unet(64), "stable_diffusion": stable_diffusion_unet(1)}
 
 
+@functools.cache
+def model_shapes(name):
+    return param_shapes(PRESETS[name], *example_inputs(PRESETS[name]))
+
+
 def leaves(name):
     """{path in a train state: shape}"""
-    unet = PRESETS[name]
-    shapes = jax.tree_util.tree_leaves_with_path({"params": {"model": param_shapes(unet, *example_inputs(unet))}})
+    shapes = jax.tree_util.tree_leaves_with_path({"params": {"model": model_shapes(name)}})
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in shapes}
 
 
@@ -29,7 +34,7 @@ def test_most_of_a_network_is_split(name, share):
         held = sum(int(np.prod(device_shape(path, shape, {"tensor": parts}, UNET))) for path, shape in shapes.items())
         whole = sum(int(np.prod(shape)) for shape in shapes.values())
         assert held <= whole * (1 - share * (1 - 1 / parts))
-    assert whole == num_params(param_shapes(PRESETS[name], *example_inputs(PRESETS[name])))
+    assert whole == num_params(model_shapes(name))
 
 
 def test_every_rule_is_used():

@@ -1,5 +1,7 @@
 """Discriminators on diffusion backbones: they start undecided and from given weights, and read what they should."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from jaxdiff.networks.unet_discriminator import (
     tapped_blocks,
 )
 
-UNET = UNet(in_channels=2, out_channels=3, base_channels=8, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4)
+UNET = UNet(in_channels=2, out_channels=3, base_channels=8, channel_mult=(1,), num_res_blocks=1, norm_groups=4)
 TRANSFORMER = DiT(in_channels=2, out_channels=2, input_size=4, width=8, depth=3, num_heads=2, num_classes=3)
 ON_UNET = UNetDiscriminator(UNET, regression=True)
 X, T = jax.random.normal(jax.random.key(1), (2, 4, 4, 2)), jnp.asarray([3.0, 700.0])
@@ -28,10 +30,12 @@ def inputs_of(backbone):
     return dit.example_inputs(backbone) if isinstance(backbone, DiT) else example_inputs(backbone)
 
 
+@functools.cache
 def fresh(module):
     return init_params(module, jax.random.key(0), *inputs_of(module.backbone))
 
 
+@functools.cache
 def trained(backbone):
     """Parameters of a backbone none of which is zero."""
     generator = np.random.default_rng(0)

@@ -29,7 +29,22 @@ MILLIONS = {
 }
 
 
-@pytest.mark.parametrize("name", MILLIONS)
+# One network of each family; tracing a large one takes seconds.
+BY_DEFAULT = (
+    "ddpm_cifar10",
+    "iddpm_imagenet64_classes",
+    "adm_64",
+    "consistency_imagenet64",
+    "ldm_imagenet_f8",
+    "ldm_text",
+    "stable_diffusion_1",
+    "stable_diffusion_2",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name in MILLIONS]
+)
 def test_parameter_count_is_the_released_one(name):
     unet, millions = MILLIONS[name]
     assert round(num_params(param_shapes(unet, *example_inputs(unet))) / 1e6, 3) == millions

@@ -12,7 +12,8 @@ from jaxdiff.training import distributed, sharding
 from jaxdiff.training.checkpoint import Checkpoints
 from jaxdiff.training.loop import train
 
-DEVICES = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"}
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+DEVICES = {"XLA_FLAGS": f"{QUICK_COMPILE} --xla_force_host_platform_device_count=2"}
 STEPS = 12
 
 

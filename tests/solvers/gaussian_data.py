@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff import schedules
+from jaxdiff.solvers import base
 from jaxdiff.types import Denoised, expand
 
 MEAN, STD = 0.3, 0.7
@@ -14,6 +15,18 @@ SCHEDULES = {
     "ve": (schedules.ve(), 10.0, 0.1),
     "flow": (schedules.rectified_flow(), 0.95, 0.05),
 }
+
+
+def as_one_program(method):
+    """`integrate` or `sample`, compiled whole: called as it is, each operation around its scan compiles by itself."""
+
+    def run(solver, denoise, key, x, times, **options):
+        return jax.jit(lambda key, x, times: method(solver, denoise, key, x, times, **options))(key, x, times)
+
+    return run
+
+
+integrate, sample = as_one_program(base.integrate), as_one_program(base.sample)
 
 
 def spread(level):

@@ -6,11 +6,21 @@ import pytest
 
 from jaxdiff import schedules
 from jaxdiff.solvers.ancestral import ancestral
-from jaxdiff.solvers.base import integrate, sample
 from jaxdiff.solvers.ddim import ddim, ddim_inversion, eps_weight, level_like
 from jaxdiff.solvers.heun import euler, euler_ancestral
 from jaxdiff.types import Denoised, Level
-from tests.solvers.gaussian_data import KEY, MEAN, SCHEDULES, best_denoiser, even, linear_chain, path, spread
+from tests.solvers.gaussian_data import (
+    KEY,
+    MEAN,
+    SCHEDULES,
+    best_denoiser,
+    even,
+    integrate,
+    linear_chain,
+    path,
+    sample,
+    spread,
+)
 
 BETAS = schedules.scaled_linear_betas(1000)
 CHAIN = schedules.discrete(BETAS)

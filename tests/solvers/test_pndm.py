@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from jaxdiff import schedules
-from jaxdiff.solvers.base import integrate, sample
 from jaxdiff.solvers.ddim import ddim
 from jaxdiff.solvers.pndm import plms, pndm, pndm_prk, pndm_prk_times, pndm_times
-from tests.solvers.gaussian_data import KEY, best_denoiser, path
+from tests.solvers.gaussian_data import KEY, best_denoiser, integrate, path, sample
 
 CHAIN = schedules.discrete(schedules.scaled_linear_betas(1000))
 X = jax.random.normal(jax.random.key(1), (3, 2))
