@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TEST_ENV := JAX_COMPILATION_CACHE_DIR='$(CURDIR)/.cache/jax' JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-full reliability benchmark lint format check golden notebook docs clean
+.PHONY: help setup quickstart test test-full reliability parity ladder benchmark lint format check golden notebook docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -37,6 +37,20 @@ test-full: setup ## the whole test suite
 
 reliability: setup ## 50 kills, 200 damaged checkpoints, several processes and meshes: the figures of docs/reliability.md
 	@$(TEST_ENV) $(BIN)/python -m pytest -s tests/reliability -m ''
+
+parity: $(VENV)-parity/.installed ## outputs and weights beside diffusers, transformers and peft
+	@$(TEST_ENV) $(VENV)-parity/bin/python -m pytest $(PYTEST_ARGS) tests/parity -m ''
+
+# An environment of its own: torch is larger than everything else, and `make test` stays as it is. A CPU is enough; pip
+# takes torch's smaller CPU build where its settings (PIP_EXTRA_INDEX_URL) name the place that has it.
+$(VENV)-parity/.installed: pyproject.toml constraints.txt
+	@test -x $(VENV)-parity/bin/python || $(PYTHON) -m venv $(VENV)-parity
+	@echo "installing jaxdiff and the libraries it is compared with in $(VENV)-parity (some minutes)"
+	@$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,parity]' -c constraints.txt
+	@touch $@
+
+ladder: setup ## train what is missing of every few-step method on the digits, judge, write docs/ladder.md: two hours
+	@$(BIN)/python scripts/ladder.py $(LADDER_ARGS)
 
 benchmark: setup ## time against other libraries: a dated table in benchmarks/results; see benchmarks/README.md
 	@$(BIN)/python -m benchmarks.unet_cpu $(BENCHMARK_ARGS)
@@ -65,4 +79,4 @@ docs: setup ## build the documentation in site/
 
 clean: ## remove caches and builds; runs/ and the environment stay
 	@rm -rf .cache .pytest_cache .ruff_cache build dist site
-	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -type d -not -path './$(VENV)*/*' -prune -exec rm -rf {} +

@@ -1,21 +1,27 @@
-"""Editing with a trained denoiser: where image-to-image starts, and what inpainting holds fixed.
+"""Editing with a trained denoiser: where to start, and what to hold fixed.
 
-A start is a noise level and the rest of a grid; noise the image with `process.q_sample` there and integrate. Inpainting
-wraps a Solver, so that it works with every solver and any guidance. Inversion is `solvers.ddim.ddim_inversion`.
-Networks that take the mask as an input are the model's business, as are colourisation and super-resolution.
+A start is a noise level and the rest of a grid; noise the image with `process.q_sample` there and sample on. That is
+image-to-image, strokes to images (SDEdit) and, with one call at the image's own level, denoising. For generators of one
+or a few steps, a `View` says which coordinates of the image are known (a region, the grey values, the means of
+patches) and `zero_shot` finds the others: inpainting, colourisation, super-resolution. For samplers of many steps,
+inpainting wraps a Solver, so that it works with every solver and any guidance. Inversion is
+`solvers.ddim.ddim_inversion`. Networks that take the mask as an input are the model's business.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float64
 
+from jaxdiff.denoiser import map_x0
 from jaxdiff.process import q_sample
 from jaxdiff.schedules import Schedule
-from jaxdiff.solvers.base import Solver, level_like
-from jaxdiff.types import Level
+from jaxdiff.solvers.base import Solver, level_like, sample
+from jaxdiff.solvers.stochastic_iterative import stochastic_iterative
+from jaxdiff.types import Denoiser, Key, Level, expand
 
 
 class Start(NamedTuple):
@@ -58,6 +64,139 @@ def image_to_image_compvis(times: Float[Array, " n"] | Float[np.ndarray, " n"], 
             "use a smaller strength, or image_to_image"
         )
     return Start(times[n - kept - 1], times[n - kept :])
+
+
+class View(NamedTuple):
+    """An orthogonal change of coordinates in which some are known.
+
+    Attributes:
+      forward: [B, H, W, C] -> coordinates.
+      inverse: back again.
+      known: broadcastable to the coordinates, of the same rank; 1 is known, 0 is free.
+    """
+
+    forward: Callable[[Array], Array]
+    inverse: Callable[[Array], Array]
+    known: Array
+
+
+def region(mask: Float[Array, "..."]) -> View:
+    """The pixels where mask is 1, for inpainting. The mask has the rank of the images."""
+    return View(lambda x: x, lambda x: x, mask)
+
+
+def grey_values() -> View:
+    """The luma of images [B, H, W, 3], for colourisation: two more directions in colour space are free."""
+    q = jnp.asarray(orthogonal_from(np.array([0.2989, 0.5870, 0.1140])), jnp.float32)
+
+    def rotate(rule):
+        return lambda x: jnp.einsum(rule, x, q.astype(x.dtype), precision="highest")
+
+    return View(rotate("...c,cd->...d"), rotate("...d,cd->...c"), jnp.zeros([1, 1, 1, 3]).at[..., 0].set(1.0))
+
+
+def patch_means(size: int) -> View:
+    """The means of size x size patches, one for each channel, for super-resolution by that factor.
+
+    Raises:
+      ValueError: for a size below 2; while tracing, if it does not divide height and width.
+    """
+    if size < 2:
+        raise ValueError(f"patch_means: size must be at least 2, got {size}; 1 would know every pixel")
+    q = jnp.asarray(orthogonal_from(np.ones(size**2)), jnp.float32)
+
+    def forward(x):
+        b, h, w, c = x.shape
+        if h % size or w % size:
+            raise ValueError(f"patch_means: {size} does not divide images of {h} x {w}; crop or pad them")
+        patches = x.reshape(b, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
+        patches = patches.reshape(b, h // size, w // size, size**2, c)
+        return jnp.einsum("bhwdc,de->bhwec", patches, q.astype(x.dtype), precision="highest")
+
+    def inverse(x):
+        b, h, w, _, c = x.shape
+        patches = jnp.einsum("bhwec,de->bhwdc", x, q.astype(x.dtype), precision="highest")
+        patches = patches.reshape(b, h, w, size, size, c).transpose(0, 1, 3, 2, 4, 5)
+        return patches.reshape(b, h * size, w * size, c)
+
+    return View(forward, inverse, jnp.zeros([1, 1, 1, size**2, 1]).at[..., 0, :].set(1.0))
+
+
+def orthogonal_from(direction: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, "n n"]:
+    """An orthogonal matrix whose first column is the direction, scaled to length 1. Its sum must be positive.
+
+    Source: Song et al. 2023's release, whose other columns are those of a QR decomposition with the same sign.
+    """
+    if not direction.sum() > 0:
+        raise ValueError(f"orthogonal_from: the direction's sum must be positive, got {direction.sum():g}; negate it")
+    matrix = np.eye(direction.size)
+    matrix[:, 0] = direction / np.linalg.norm(direction)
+    q = np.linalg.qr(matrix)[0]
+    return -q if q[:, 0].sum() < 0 else q
+
+
+def replace_known(view: View, y: Float[Array, "b ..."], x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """x with the known coordinates of y. With x = 0 it is what y shows: the grey image, the small image enlarged."""
+    known = view.known.astype(x.dtype)
+    return view.inverse(known * view.forward(y) + (1 - known) * view.forward(x))
+
+
+def hold(denoise: Denoiser, view: View, y: Float[Array, "b ..."]) -> Denoiser:
+    """The denoiser whose every x0 has the known coordinates of y. Clip before, not after: `hold(clip_x0(f), view, y)`.
+
+    Source: Song et al. 2023 (arXiv:2303.01469) algorithm 4, the step between prediction and noise.
+    """
+    return map_x0(denoise, lambda x0: replace_known(view, y, x0))
+
+
+def zero_shot(
+    denoise: Denoiser,
+    schedule: Schedule,
+    key: Key,
+    y: Float[Array, "b ..."],
+    view: View,
+    times: Float[Array, " n"],
+    *,
+    sigma_min: float = 0.0,
+) -> Float[Array, "b ..."]:
+    """Fills in what a view of y does not show, with any generator that reaches good data in one call.
+
+    Starts from the shown part, its free coordinates 0, with the noise of times[0], and alternates prediction, exchange
+    of the known coordinates, and fresh noise.
+
+    Args:
+      denoise: (x_t, t) -> x0, clipped for images.
+      schedule: gives the levels.
+      key: for the noise.
+      y: [B, H, W, C] reference images; free coordinates do not matter.
+      view: which coordinates are known.
+      times: [n] decreasing, levels of the predictions; more of them than for sampling give better agreement.
+      sigma_min: as for `solvers.stochastic_iterative`.
+
+    Source: Song et al. 2023 algorithm 4. The notebook of its release starts with another level of noise.
+    """
+    y = replace_known(view, y, jnp.zeros_like(y))
+    first, rest = jax.random.split(key)
+    start = level_like(schedule, jnp.full(y.shape[:1], times[0], times.dtype), y)
+    x = q_sample(y, jax.random.normal(first, y.shape, y.dtype), start)
+    return sample(stochastic_iterative(schedule, sigma_min), hold(denoise, view, y), rest, x, times)
+
+
+def slerp(z1: Float[Array, "b ..."], z2: Float[Array, "b ..."], weight: Float[Array, " b"]) -> Float[Array, "b ..."]:
+    """Between two noises along the great circle through them, example by example: z1 at weight 0, z2 at 1.
+
+    A one-step generator turns it into a path between two samples. Parallel noises are blended linearly.
+
+    Source: Song et al. 2020 (arXiv:2010.02502) appendix D.5, used for consistency models by Song et al. 2023.
+    """
+    flat = [z.reshape(z.shape[0], -1) for z in (z1, z2)]
+    units = [z / jnp.linalg.norm(z, axis=1, keepdims=True) for z in flat]
+    angle = jnp.arccos(jnp.clip((units[0] * units[1]).sum(axis=1), -1.0, 1.0))
+    parallel = jnp.sin(angle) < 1e-6
+    safe = jnp.where(parallel, jnp.ones_like(angle), angle)
+    shares = (jnp.where(parallel, linear, jnp.sin(linear * safe) / jnp.sin(safe)) for linear in (1 - weight, weight))
+    on_z1, on_z2 = (expand(share, z1) for share in shares)
+    return on_z1 * z1 + on_z2 * z2
 
 
 class KeptState(NamedTuple):

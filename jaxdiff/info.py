@@ -40,7 +40,7 @@ class Info(NamedTuple):
 
 
 def batch_shapes(experiment: Experiment, batch_size: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """The form of a batch, without opening the data set: x0, and label where there are classes.
+    """The form of a batch, without opening the data set: x0, label where there are classes, other conditioning.
 
     Args:
       experiment: whose batches are meant.
@@ -50,7 +50,8 @@ def batch_shapes(experiment: Experiment, batch_size: int | None = None) -> dict[
     shapes = {"x0": jax.ShapeDtypeStruct((size, *experiment.sample_shape), jnp.float32)}
     if experiment.num_classes is not None:
         shapes["label"] = jax.ShapeDtypeStruct((size,), jnp.int32)
-    return shapes
+    more = experiment.conditioning.items()
+    return shapes | {name: jax.ShapeDtypeStruct((size, *one.shape), one.dtype) for name, one in more}
 
 
 def state_shapes(experiment: Experiment, batch: Mapping[str, Any]) -> TrainState:

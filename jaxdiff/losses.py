@@ -1,6 +1,7 @@
 """Scalars per example: distances between two arrays, and the Gaussian likelihood terms of a diffusion chain.
 
-Distances take [B, ...] and return [B], the mean over everything but the batch, at least in float32. Likelihood terms
+Distances take [B, ...] and return [B], the mean over everything but the batch unless they say otherwise, at least in
+float32. Likelihood terms
 are in nats and elementwise, except `vlb_term`, which is in bits per dimension. Weights are in `weighting`; adversarial
 losses are not here.
 """
@@ -9,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import chex
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -34,6 +36,40 @@ def l1(prediction: Float[Array, "b ..."], target: Float[Array, "b ..."]) -> Floa
     """Mean absolute difference."""
     chex.assert_equal_shape([prediction, target])
     return mean_flat(jnp.abs(_wide(prediction) - _wide(target)))
+
+
+def linf(prediction: Float[Array, "b ..."], target: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """Largest absolute difference."""
+    chex.assert_equal_shape([prediction, target])
+    difference = jnp.abs(_wide(prediction) - _wide(target))
+    return difference.reshape(difference.shape[0], -1).max(axis=1)
+
+
+def euclidean(prediction: Float[Array, "b ..."], target: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """Euclidean norm of the difference of whole examples (not a mean). The gradient is 0 where they are equal."""
+    squared = prediction.size // prediction.shape[0] * mse(prediction, target)
+    equal = squared == 0
+    return jnp.where(equal, squared, jnp.sqrt(jnp.where(equal, jnp.ones_like(squared), squared)))
+
+
+def resized(distance: Distance, size: tuple[int, int]) -> Distance:
+    """A distance between images [B, H, W, C] after bilinear resizing to `size`, height and width.
+
+    Without smoothing when shrinking: as the consistency releases resize for their "l2-32" (32 x 32) and before LPIPS
+    (224 x 224).
+
+    Raises:
+      ValueError: for a size below 1; while tracing, for arrays that are not images.
+    """
+    if min(size) < 1:
+        raise ValueError(f"resized: size must be at least (1, 1), got {size}")
+
+    def shrink(x):
+        if x.ndim != 4:
+            raise ValueError(f"resized: images are [B, H, W, C], got shape {x.shape}; use the distance itself")
+        return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "bilinear", antialias=False)
+
+    return lambda prediction, target: distance(shrink(prediction), shrink(target))
 
 
 def pseudo_huber(c: float | None = None) -> Distance:

@@ -132,6 +132,51 @@ def edm(sigma_data: float = 0.5, net_time: Callable[[Array], Array] = lambda t: 
     return Parameterization(coefficients, net_time)
 
 
+def log_time(scale: float = 0.25) -> Callable[[Array], Array]:
+    """The network sees scale * ln(t): 0.25 is EDM's, 250 that of OpenAI's image networks."""
+    return lambda t: scale * jnp.log(t)
+
+
+def consistency(
+    sigma_data: float = 0.5, sigma_min: float = 0.002, net_time: Callable[[Array], Array] = lambda t: jnp.log(t) / 4
+) -> Parameterization:
+    """EDM's preconditioning moved so that the result at sigma_min is x_t itself: a consistency function.
+
+    With s = sigma / alpha, skip x_t = sigma_data^2 / ((s - sigma_min)^2 + sigma_data^2) x_t / alpha and out = (s -
+    sigma_min) sigma_data / sqrt(s^2 + sigma_data^2). sigma_min = 0 gives `edm`. The target of the output for a known x0
+    is infinite at sigma_min, where nothing is left to predict.
+
+    Args:
+      sigma_data: standard deviation of the data.
+      sigma_min: sigma / alpha of the level that is mapped to itself, the schedule's t_min.
+      net_time: as for `edm`.
+
+    Raises:
+      ValueError: for a sigma_data that is not positive or a negative sigma_min.
+
+    Source: Song et al. 2023 (arXiv:2303.01469) appendix C.
+    """
+    if sigma_data <= 0:
+        raise ValueError(
+            f"consistency: sigma_data must be positive, got {sigma_data}; it is the data's standard deviation"
+        )
+    if sigma_min < 0:
+        raise ValueError(f"consistency: sigma_min must not be negative, got {sigma_min}; it is the schedule's t_min")
+
+    def coefficients(level):
+        alpha, sigma = level
+        ratio = sigma / alpha
+        above = ratio - sigma_min
+        root, kept = jnp.sqrt(ratio**2 + sigma_data**2), above**2 + sigma_data**2
+        # (1 - alpha skip) / out and -sigma skip / out; the second diverges at sigma_min
+        return Affine(
+            sigma_data**2 / kept / alpha, above * sigma_data / root, 1 / (alpha * root),
+            above * root / (sigma_data * kept), -ratio * sigma_data * root / (kept * above),
+        )  # fmt: skip
+
+    return Parameterization(coefficients, net_time)
+
+
 def vp_preconditioning(beta_d: float = 19.9, beta_min: float = 0.1, num_times: int = 1000) -> Parameterization:
     """EDM's wrapper of VP networks, for a schedule whose t is sigma: f predicts eps, time is (M - 1) t_VP(sigma).
 

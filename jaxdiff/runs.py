@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from jaxdiff.settings import UsageError, build_experiment, call_build, first_line, hint, load_build, settings_of
+from jaxdiff.training import sharding
 from jaxdiff.training.checkpoint import CheckpointError, as_path, load_weights
 from jaxdiff.training.experiment import Experiment
 from jaxdiff.training.state import Weights
+from jaxdiff.types import Params
 
 RECORD = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -154,6 +157,24 @@ def weights_of(
         raise UsageError(f"run {workdir}: {first_line(error)}") from error
     weights, step = loaded
     return weights.select(None if name == "raw" else name), weights.aux, step, name
+
+
+def player_params(workdir: str | Path, *, player: str = "model", average: str | None = None) -> Params:
+    """The parameters of one player of a finished run, on the host: what a student starts from or learns from.
+
+    Args:
+      workdir: the run's folder. Its experiment file is executed, under the rules of `open_run`.
+      player: whose parameters.
+      average: as for `weights_of`.
+
+    Raises:
+      UsageError: for a run that cannot be opened or has no checkpoint, an unknown player or average.
+    """
+    experiment = open_run(workdir)
+    params, _, _, _ = weights_of(experiment, workdir, average, sharding.make_mesh(devices=jax.local_devices()[:1]))
+    if player not in params:
+        raise UsageError(f"run {workdir} has no player {player!r}; {hint(player, params)}")
+    return jax.device_get(params[player])
 
 
 def average_name(experiment: Experiment, average: str | None) -> str:

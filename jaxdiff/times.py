@@ -279,6 +279,19 @@ def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float
     return _ends(np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n) ** rho, sigma_max, sigma_min)
 
 
+def karras_time(
+    index: Float[Array, " b"], n: Array | int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Float[Array, " b"]:
+    """Points of `karras` by index, 0 (sigma_max) to n - 1 (sigma_min), in closed form. n >= 2 may be traced.
+
+    Fractions of an index lie between the points.
+    """
+    _span("karras_time", sigma_max, sigma_min, 1)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    last = jnp.asarray(n, index.dtype) - 1
+    return jnp.clip((high + index / last * (low - high)) ** rho, sigma_min, sigma_max)
+
+
 def exponential(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Grid:
     """n noise levels from sigma_max down to sigma_min, equally spaced in log sigma. Times of `schedules.ve`."""
     _span("exponential", sigma_max, sigma_min, n)

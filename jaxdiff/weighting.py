@@ -31,6 +31,11 @@ def snr(level: Level) -> Float[Array, " b"]:
     return process.snr(level)
 
 
+def snr_plus_one(level: Level) -> Float[Array, " b"]:
+    """SNR + 1, on the x0 error: the same as the v error. Source: Salimans & Ho 2022 (arXiv:2202.00512) section 4."""
+    return process.snr(level) + 1.0
+
+
 def truncated_snr(level: Level) -> Float[Array, " b"]:
     """max(SNR, 1), on the x0 error. Source: Salimans & Ho 2022 (arXiv:2202.00512) section 4."""
     return jnp.maximum(process.snr(level), 1.0)
@@ -86,6 +91,16 @@ def sigmoid(bias: float) -> Weighting:
     Source: Kingma & Gao 2023 (arXiv:2303.00848) section 4.3; Hoogeboom et al. 2024 (arXiv:2410.19324).
     """
     return lambda level: jax.nn.sigmoid(bias - 2 * process.half_log_snr(level))
+
+
+def inverse_gap(t: Level, s: Level) -> Float[Array, " b"]:
+    """1 / (sigma_t / alpha_t - sigma_s / alpha_s): neighbouring levels count the more, the closer they are.
+
+    On the distance between a consistency function's results at two levels of one path, t noisier than s.
+
+    Source: Song & Dhariwal 2023 (arXiv:2310.14189) section 3.1.
+    """
+    return 1 / (t.sigma / t.alpha - s.sigma / s.alpha)
 
 
 def on_output(weighting: Weighting, parameterization: Parameterization) -> Weighting:

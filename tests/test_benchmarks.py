@@ -1,9 +1,12 @@
 """The benchmarks' cheap facts: equal networks, honest tables, workers that answer; nothing is timed here."""
 
+import sys
+
+import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import install_size, report, startup, two_cores, unet_cpu, unet_gpu, worker, workload
+from benchmarks import install_size, report, sd_cpu, startup, two_cores, unet_cpu, unet_gpu, worker, workload
 from benchmarks.gpu_shapes import SHAPES, out_of_memory
 from benchmarks.processes import Spec
 from benchmarks.workers import gpu_jaxdiff, jaxdiff_unet
@@ -78,6 +81,13 @@ def test_every_section_writes_its_tables_from_made_up_figures():
 
     assert install_size.tables({"core": {"jax": 2_000_000, "numpy": 1_000_000}})[0].rows[0][1:3] == ["3", "2"]
 
+    peers = {"diffusers": times(2.0), "jaxdiff": times(1.5)}
+    facts = {"diffusers": {"parameters": 3_800_000, "memory": 62.4}, "jaxdiff": {"memory": 10.0}}
+    text = {"first": peers, "call": peers, "equal": {"difference": 2e-6, "largest": 3.4}, "facts": facts}
+    found = sd_cpu.tables({"text": text}, sd_cpu.NETWORKS)
+    assert found[1].rows == [["text", "2.00", "1.50", "0.750"]]
+    assert found[4].rows == [["text", "3.8 M", "2.0e-06", "3.40", "62", "10"]]
+
     one = {"batch": 4, "seconds": [0.5], "memory": 2e9, "first": 3.0, "flops": 1e12, "parameters": 10}
     row = unet_gpu.table("n", {"jaxdiff": [one], "diffusers": []}, 4e12).rows[0]
     assert row[:5] == ["4", "0.500", "8.00", "50.0%", "2.0"]
@@ -141,6 +151,30 @@ def test_wrong_arguments_are_one_line(argv, said, capsys):
     with pytest.raises(SystemExit):
         unet_cpu.arguments(argv)
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--diffusers", "absent/python"], "--diffusers takes the interpreter of an environment with diffusers"),
+        (["--diffusers", sys.executable, "--only", "unet_23"], "--only takes unet_32, unet_64"),
+        (["--diffusers", sys.executable, "--rounds", "0"], "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_of_the_stable_diffusion_benchmark_are_one_line(argv, said, capsys):
+    with pytest.raises(SystemExit):
+        sd_cpu.arguments(argv)
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["unet_32", "vae_64", "text"])
+def test_the_stable_diffusion_networks_take_their_inputs(name):
+    shape = sd_cpu.NETWORKS[name]
+    network = sd_cpu.JaxdiffNetwork(shape)
+    out = jax.eval_shape(network.apply, network.shapes(), *network.inputs)
+    side = shape.size * (8 if shape.kind == "vae" else 1)
+    widths = {"unet": 4, "vae": 3, "text": shape.width}
+    assert out.shape == ((1, shape.size) if shape.kind == "text" else (1, side, side)) + (widths[shape.kind],)
 
 
 def test_memory_errors_of_both_frameworks_are_known():

@@ -8,6 +8,7 @@ from jaxdiff.process import q_sample
 from jaxdiff.solvers.base import integrate, sample
 from jaxdiff.solvers.ddim import ddim
 from jaxdiff.solvers.heun import heun
+from jaxdiff.solvers.stochastic_iterative import stochastic_iterative
 from jaxdiff.types import Denoised, expand
 
 KEY = jax.random.key(0)
@@ -115,3 +116,111 @@ def test_refusals():
         ValueError, match=r"noise \(3, 3, 1\) does not fit x0 \(2, 3, 3, 1\); use \(2, 3, 3, 1\) or one"
     ):
         editing.keep_before_step(ddim(SCHEDULE), SCHEDULE, IMAGE, MASK, NOISE[0, 0])
+
+
+COLOUR = jax.random.uniform(jax.random.key(4), (2, 4, 6, 3), minval=-1.0)
+OTHER = jax.random.uniform(jax.random.key(5), COLOUR.shape, minval=-1.0)
+VIEWS = {
+    "region": editing.region(jnp.zeros([1, 4, 6, 1]).at[:, 1:3].set(1.0)),
+    "grey": editing.grey_values(),
+    "patches": editing.patch_means(2),
+}
+
+
+def shows(name, x):
+    """What each view knows, computed another way."""
+    if name == "region":
+        return x[:, 1:3]
+    if name == "grey":
+        return (x * jnp.array([0.2989, 0.5870, 0.1140]).reshape(1, 1, 1, 3)).sum(axis=-1)
+    return x.reshape(2, 2, 2, 3, 2, 3).mean(axis=(2, 4))
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_are_rotations_that_exchange_what_is_known_and_nothing_else(name):
+    view = VIEWS[name]
+    np.testing.assert_allclose(view.inverse(view.forward(COLOUR)), COLOUR, atol=1e-5)
+    np.testing.assert_allclose((view.forward(COLOUR) ** 2).sum(), (COLOUR**2).sum(), rtol=1e-5)
+    mixed = editing.replace_known(view, COLOUR, OTHER)
+    np.testing.assert_allclose(shows(name, mixed), shows(name, COLOUR), atol=1e-5)
+    free = (1 - view.known) * (view.forward(mixed) - view.forward(OTHER))
+    np.testing.assert_allclose(free, 0, atol=1e-5)
+    np.testing.assert_allclose(editing.replace_known(view, COLOUR, mixed), mixed, atol=1e-5)
+
+
+def test_what_the_views_show():
+    grey = editing.replace_known(VIEWS["grey"], COLOUR, jnp.zeros_like(COLOUR))
+    luma = np.array([0.2989, 0.5870, 0.1140])
+    np.testing.assert_allclose(
+        grey, shows("grey", COLOUR)[..., None] * luma.reshape(1, 1, 1, 3) / (luma**2).sum(), atol=1e-5
+    )
+    blocks = editing.replace_known(VIEWS["patches"], COLOUR, jnp.zeros_like(COLOUR))
+    np.testing.assert_allclose(blocks, shows("patches", COLOUR).repeat(2, axis=1).repeat(2, axis=2), atol=1e-5)
+    q = editing.orthogonal_from(luma)
+    np.testing.assert_allclose(q.T @ q, np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(q[:, 0], luma / np.linalg.norm(luma))
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_zero_shot_editing_agrees_with_the_reference_where_it_is_known(name):
+    """The generator puts every example at +1 or -1, whatever it is shown: the free part follows it."""
+    ve = schedules.ve(0.002, 80.0)
+
+    def generator(x, t):
+        return Denoised(jnp.sign(x.mean(axis=(1, 2, 3), keepdims=True)) * jnp.ones_like(x))
+
+    times = jnp.array([80.0, 20.0, 5.0, 1.0])
+    traces = []
+
+    @jax.jit
+    def run(key, y, times):
+        traces.append(1)
+        return editing.zero_shot(generator, ve, key, y, VIEWS[name], times, sigma_min=0.002)
+
+    out = run(KEY, COLOUR, times)
+    np.testing.assert_allclose(shows(name, out), shows(name, COLOUR), atol=1e-5)
+    free = (1 - VIEWS[name].known) * VIEWS[name].forward(out)
+    signs = [(1 - VIEWS[name].known) * VIEWS[name].forward(sign * jnp.ones_like(out)) for sign in (1.0, -1.0)]
+    for i in range(2):
+        assert min(float(jnp.abs(free - sign)[i].max()) for sign in signs) < 1e-5
+    # the free coordinates of the reference are not looked at
+    same = run(KEY, editing.replace_known(VIEWS[name], COLOUR, OTHER), times)
+    np.testing.assert_allclose(same, out, atol=1e-5)
+    assert len(traces) == 1
+
+
+def test_strokes_and_denoising_start_at_their_own_level():
+    """For data N(0, 1) with the exact consistency function: the stroke's weight is what the level leaves of it."""
+    ve = schedules.ve(0.002, 80.0)
+
+    def f(x, t):
+        return Denoised(x / jnp.sqrt(1 + expand(t, x) ** 2))
+
+    stroke = jnp.full((20_000, 1), 3.0)
+    level = ve.level(jnp.full(20_000, 4.0))
+    x = q_sample(stroke, jax.random.normal(KEY, stroke.shape), level)
+    out = sample(stochastic_iterative(ve), f, KEY, x, jnp.array([4.0]))
+    assert float(out.mean()) == pytest.approx(3 / 17**0.5, abs=0.03)
+    assert float(out.std()) == pytest.approx(4 / 17**0.5, abs=0.03)
+    more = sample(stochastic_iterative(ve), f, KEY, x, jnp.array([4.0, 1.0]))
+    assert float(more.mean()) == pytest.approx(3 / 17**0.5 / 2**0.5, abs=0.03)
+
+
+def test_slerp_keeps_the_length_and_reaches_both_ends():
+    z1, z2 = jax.random.normal(KEY, (2, 5, 8, 8, 3))
+    ends = [editing.slerp(z1, z2, jnp.full(5, w)) for w in (0.0, 1.0)]
+    np.testing.assert_allclose(ends[0], z1, atol=1e-5)
+    np.testing.assert_allclose(ends[1], z2, atol=1e-5)
+    a, b = jnp.array([[3.0, 0.0]]), jnp.array([[0.0, 3.0]])
+    third = editing.slerp(a, b, jnp.array([1 / 3]))
+    np.testing.assert_allclose(third, [[3 * np.cos(np.pi / 6), 1.5]], rtol=1e-5)
+    np.testing.assert_allclose(editing.slerp(a, 2 * a, jnp.array([0.5])), [[4.5, 0.0]], rtol=1e-5)
+
+
+def test_views_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="size must be at least 2, got 1"):
+        editing.patch_means(1)
+    with pytest.raises(ValueError, match="4 does not divide images of 4 x 6; crop or pad them"):
+        editing.patch_means(4).forward(COLOUR)
+    with pytest.raises(ValueError, match="the direction's sum must be positive, got -1; negate it"):
+        editing.orthogonal_from(np.array([-1.0, 0.0]))

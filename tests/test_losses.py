@@ -17,6 +17,8 @@ B = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4, 4, 2)), jnp.float32)
     [
         (losses.mse, lambda d: (d**2).mean()),
         (losses.l1, lambda d: np.abs(d).mean()),
+        (losses.linf, lambda d: np.abs(d).max()),
+        (losses.euclidean, lambda d: np.sqrt((d**2).sum())),
         (losses.pseudo_huber(0.3), lambda d: np.sqrt((d**2).sum() + 0.09) - 0.3),
         (losses.pseudo_huber(), lambda d: np.sqrt((d**2).sum() + 0.00054**2 * 32) - 0.00054 * 32**0.5),
     ],
@@ -26,9 +28,18 @@ def test_distances(distance, expected):
     assert np.asarray(distance(A, B)) == pytest.approx([expected(row) for row in d], rel=1e-5)
     half = distance(A.astype(jnp.bfloat16), B.astype(jnp.bfloat16))
     assert half.dtype == jnp.float32 and half.shape == (3,)
-    assert (jax.grad(lambda a: distance(a, A).sum())(A) == 0).all() or distance is losses.l1
+    assert (jax.grad(lambda a: distance(a, A).sum())(A) == 0).all() or distance in (losses.l1, losses.linf)
     with pytest.raises(AssertionError, match="shape"):
         distance(A, B[:, :1])
+
+
+def test_resized_distances_see_smaller_images():
+    """Halving a side without smoothing averages the four pixels around each new one, whose centre lies between them."""
+    small = [a.reshape(3, 2, 2, 2, 2, 2).mean(axis=(2, 4)) for a in (A, B)]
+    np.testing.assert_allclose(losses.resized(losses.mse, (2, 2))(A, B), losses.mse(*small), rtol=1e-5)
+    row = jnp.arange(9.0).reshape(1, 1, 9, 1)
+    third = jax.grad(lambda a: losses.resized(losses.mse, (1, 3))(a, jnp.zeros_like(a)).sum())(row)
+    assert np.flatnonzero(third).tolist() == [1, 4, 7]  # with smoothing the neighbours would count too
 
 
 def test_gaussian_kl_against_the_integral():
@@ -88,3 +99,7 @@ def test_uncertainty_leaves_the_loss_alone_at_zero():
 def test_refusals():
     with pytest.raises(ValueError, match="c must be positive, got 0"):
         losses.pseudo_huber(0.0)
+    with pytest.raises(ValueError, match=r"size must be at least \(1, 1\), got \(0, 4\)"):
+        losses.resized(losses.mse, (0, 4))
+    with pytest.raises(ValueError, match=r"images are \[B, H, W, C\], got shape \(3, 4\)"):
+        losses.resized(losses.mse, (2, 2))(A[:, 0, :, 0], B[:, 0, :, 0])

@@ -21,6 +21,7 @@ MEANINGS = {
     "v": p.v(),
     "flow": p.flow(),
     "edm": p.edm(0.5),
+    "consistency": p.consistency(0.5, 1e-3),  # below every level of the schedules
     "vp_preconditioning": p.vp_preconditioning(),
     "ve_preconditioning": p.ve_preconditioning(),
     "iddpm_preconditioning": p.iddpm_preconditioning(),
@@ -81,6 +82,26 @@ def test_edm_is_table_1_of_the_paper():
     assert np.asarray(c.on_x0) ** 2 * 0.25 + np.asarray(c.on_eps) ** 2 == pytest.approx(1, rel=1e-5)
 
 
+def test_a_consistency_function_is_the_identity_at_sigma_min():
+    """Exactly, for any output of the network, and near it almost."""
+    level = Level(jnp.ones(4), jnp.asarray([0.002, 0.002, 0.0021, 80.0], jnp.float32))
+    x = p.to_x0(p.consistency(0.5, 0.002), 100 * EPS, X0, level)
+    assert (x[:2] == X0[:2]).all()
+    assert np.asarray(x[2]) == pytest.approx(np.asarray(X0[2]), abs=0.1) and (x[2] != X0[2]).any()
+    ratio = Level(jnp.full(4, 0.5), jnp.full(4, 0.001))  # the same level of another schedule, whose x_t is alpha x0
+    assert np.asarray(p.to_x0(p.consistency(0.5, 0.002), 100 * EPS, X0, ratio)) == pytest.approx(2 * np.asarray(X0))
+
+
+def test_consistency_from_level_zero_is_edm():
+    level = Level(jnp.asarray([1.0, 0.7, 0.1]), jnp.asarray([0.01, 0.7, 3.0]))
+    ours, edm = (np.asarray(jnp.stack(m.coefficients(level))) for m in (p.consistency(0.5, 0.0), p.edm(0.5)))
+    assert ours == pytest.approx(edm, rel=1e-5)
+    # appendix C of the paper: only the skip and the factor of the output move, not the root under it
+    c = p.consistency(0.5, 0.002).coefficients(Level(jnp.ones(1), jnp.full(1, 0.3)))
+    assert float(c.skip[0]) == pytest.approx(0.25 / (0.298**2 + 0.25))
+    assert float(c.out[0]) == pytest.approx(0.298 * 0.5 / (0.3**2 + 0.25) ** 0.5)
+
+
 def test_network_times_of_the_preconditionings():
     sigma = jnp.array([0.01, 1.0, 50.0])
     t = np.asarray(p.vp_preconditioning().net_time(sigma)) / 999
@@ -96,6 +117,7 @@ def test_net_times():
     t = jnp.array([0.0, 3.0])
     assert p.eps().net_time(t).tolist() == [0, 3]
     assert p.eps(p.scaled_time(0.25)).net_time(t).tolist() == [0, 0.75]
+    assert float(p.edm(0.5, p.log_time(250.0)).net_time(t)[1]) == pytest.approx(250 * np.log(3))
 
 
 @pytest.mark.parametrize(
@@ -113,3 +135,10 @@ def test_eps_is_refused_where_alpha_is_zero(schedule):
 def test_edm_needs_a_positive_deviation():
     with pytest.raises(ValueError, match="sigma_data must be positive, got 0"):
         p.edm(0.0)
+
+
+def test_consistency_needs_a_positive_deviation_and_no_negative_level():
+    with pytest.raises(ValueError, match="consistency: sigma_data must be positive, got 0"):
+        p.consistency(0.0)
+    with pytest.raises(ValueError, match="sigma_min must not be negative, got -1"):
+        p.consistency(0.5, -1.0)

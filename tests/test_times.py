@@ -133,6 +133,7 @@ def test_respaced_betas_keep_the_levels():
         (lambda: times.time_quadratic(1.0, -0.5, 5), "end must not be negative"),
         (lambda: times.karras(0), "n must be at least 1, got 0"),
         (lambda: times.karras(5, 0.0, 80.0), "sigma_min must be positive"),
+        (lambda: times.karras_time(jnp.zeros(1), 5, 80.0, 0.002), "swap them"),
         (lambda: times.exponential(5, 80.0, 0.002), "swap them"),
         (lambda: times.uniform_log_snr(schedules.rectified_flow(), 5), "at t = 1 the schedule holds no signal"),
         (lambda: times.uniform_index(0), "num_train_steps must be at least 1"),
@@ -200,3 +201,19 @@ def test_grids_can_be_made_inside_jit():
     schedule = schedules.vp_linear()
     inside = jax.jit(lambda x: x * jnp.asarray(times.karras_times(schedule, 5), x.dtype))(jnp.float32(1))
     assert np.asarray(inside) == pytest.approx(times.karras_times(schedule, 5), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 18, 1281])
+def test_karras_time_is_the_grid_by_index(n):
+    traces = []
+
+    @jax.jit
+    def points(index, n):
+        traces.append(1)
+        return times.karras_time(index, n)
+
+    assert np.asarray(points(jnp.arange(2000.0)[:n], jnp.int32(n))) == pytest.approx(times.karras(n), rel=1e-5)
+    points(jnp.arange(2000.0)[:n], jnp.int32(n + 3))
+    assert len(traces) == 1
+    half = float(times.karras_time(jnp.full(1, (n - 1) / 2), n)[0])
+    assert half == pytest.approx(times.karras(3)[1], rel=1e-5)

@@ -22,6 +22,7 @@ def close(value, expected):
     [
         (weighting.uniform, np.ones(100)),
         (weighting.snr, SNR),
+        (weighting.snr_plus_one, SNR + 1),
         (weighting.truncated_snr, np.maximum(SNR, 1)),
         (weighting.min_snr(5.0), np.minimum(SNR, 5)),
         (weighting.min_snr(5.0, X0), np.minimum(SNR, 5)),
@@ -32,6 +33,7 @@ def close(value, expected):
         (weighting.sigmoid(2.0), np.exp(2) / (np.exp(2) + SNR)),
         (weighting.on_output(weighting.snr, EPS), np.ones(100)),
         (weighting.on_output(weighting.snr, V), SNR / (SNR + 1)),
+        (weighting.on_output(weighting.snr_plus_one, V), np.ones(100)),
         (weighting.on_output(weighting.edm(0.5), parameterization.edm(0.5)), np.ones(100)),
         (weighting.by_index(schedules.discrete(BETAS), np.arange(100.0)), np.arange(100.0)),
     ],
@@ -45,6 +47,11 @@ def test_min_snr_is_one_without_signal():
     for meaning in (None, X0, EPS, V):
         value = weighting.min_snr(5.0, meaning)(level)
         assert value[0] == 1 and jnp.isfinite(value).all()
+
+
+def test_inverse_gap_counts_in_sigma_over_alpha():
+    t, s = (Level(jnp.array([1.0, 0.5]), jnp.array(sigma)) for sigma in ([3.0, 2.0], [1.0, 1.0]))
+    assert weighting.inverse_gap(t, s).tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("meaning", [EPS, V, parameterization.flow(), parameterization.edm(0.5)])

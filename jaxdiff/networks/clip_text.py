@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxdiff.networks.attention import attention
 from jaxdiff.networks.initializers import ZEROS, LayerRule, Normal, Rule
 from jaxdiff.networks.layers import Dense, LayerNorm
 
@@ -68,8 +69,7 @@ class ClipTextLayer(nn.Module):
         h = LayerNorm(self.eps, self.dtype, name="norm_attention")(x)
         qkv = Dense(3 * c, _normal(c**-0.5), dtype=self.dtype, name="qkv")(h)
         qkv = qkv.astype(jnp.float32).reshape(b, n, 3, self.heads, c // self.heads)
-        # A text is short: the library's masked attention, not ours, which has no mask.
-        h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=True)
+        h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], causal=True)
         x = x + Dense(c, _normal(narrow), dtype=self.dtype, name="out")(h.reshape(b, n, c))
         h = LayerNorm(self.eps, self.dtype, name="norm_mlp")(x)
         h = Dense(self.mlp_width, _normal((2 * c) ** -0.5), dtype=self.dtype, name="mlp_in")(h)

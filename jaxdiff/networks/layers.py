@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxdiff.networks.convolution import convolve
+from jaxdiff.networks.convolution import convolve, convolve_doubled
 from jaxdiff.networks.initializers import ONES, ZEROS, LayerRule, Normal, torch_default
 
 TimeFeatures = Callable[..., Array]
@@ -123,6 +123,7 @@ class Conv(nn.Module):
         instead of K // 2 on each side.
       rule: how kernel and bias start.
       dtype: compute dtype.
+      doubled: the image is doubled before, as by `upsample_nearest`; for K = 3 and stride 1 alone.
     """
 
     features: int
@@ -131,6 +132,15 @@ class Conv(nn.Module):
     asymmetric: bool = False
     rule: LayerRule = torch_default
     dtype: Any = jnp.float32
+    doubled: bool = False
+
+    def __post_init__(self):
+        if self.doubled and (self.kernel_size != 3 or self.stride != 1 or self.asymmetric):
+            raise ValueError(
+                f"a convolution of doubled images has kernel_size 3, stride 1 and no asymmetric padding, got "
+                f"{self.kernel_size}, {self.stride} and {self.asymmetric}; double the image before it"
+            )
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
@@ -139,7 +149,8 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kernel_rule, (size, size, width, self.features), jnp.float32)
         bias = self.param("bias", bias_rule, (self.features,), jnp.float32)
         pad = (0, size - self.stride) if self.asymmetric else None
-        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, pad)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = convolve_doubled(x, kernel) if self.doubled else convolve(x, kernel, self.stride, pad)
         return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 

@@ -99,6 +99,7 @@ class NCSNpp(nn.Module):
       tanh: the result goes through tanh.
       dropout: probability in residual blocks.
       dtype: compute dtype of the blocks. Embeddings, norms, softmax and the last layer are float32.
+      remat: recompute each block in the backward pass instead of storing it.
 
     Raises:
       ValueError: when built, if fields contradict each other; when first called, if x_t or cond do not fit them.
@@ -130,6 +131,7 @@ class NCSNpp(nn.Module):
     tanh: bool = False
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    remat: bool = False
 
     def __post_init__(self):
         _check_fields(self)
@@ -214,8 +216,9 @@ class NCSNpp(nn.Module):
         if part.kind == "attention":
             groups = norm_groups(part.features)
             rules = (fan_average_tenth, fan_average_tiny)
-            return scaled(AttentionBlock(1, groups, EPS, *rules, self.dtype, name=part.name)(h), self.rescale)
-        block = ResBlock(
+            attend = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+            return scaled(attend(1, groups, EPS, *rules, self.dtype, name=part.name)(h), self.rescale)
+        block = (nn.remat(ResBlock, static_argnums=(4,)) if self.remat else ResBlock)(
             features=part.features,
             resample=part.direction,
             taps=self.taps,

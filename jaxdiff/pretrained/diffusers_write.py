@@ -4,7 +4,7 @@ Each function undoes its counterpart in `diffusers_config` or `clip`, and refuse
 is read again and compared. Training settings (dropout, starting values, compute dtype) are not part of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -16,13 +16,14 @@ from jaxdiff.networks.clip_text import ClipText
 from jaxdiff.networks.controlnet import ControlNet
 from jaxdiff.networks.unet import Block, UNet, unet_plan
 from jaxdiff.networks.unet import level_channels as unet_channels
-from jaxdiff.pretrained import clip, diffusers_config
+from jaxdiff.pretrained import clip, diffusers_config, forms
 
 SAME_UNET = (
     "out_channels mid_attention context_dim vector_dim guidance_dim low_res_channels scale_shift_norm resample "
     "asymmetric_padding norm_groups norm_eps sin_first frequency_shift"
 ).split()
 SAME_AUTOENCODER = "in_channels out_channels mid_attention norm_groups z_channels embed_dim".split()
+SAME_DECODER = "concat_channels upscale emb_channels mid_attention scale_shift_norm norm_groups".split()
 SAME_TEXT = "vocab_size max_length width num_layers heads activation projection_dim eps".split()
 
 
@@ -114,6 +115,42 @@ def autoencoder_config(autoencoder: AutoencoderKL | AutoencoderVQ) -> dict[str, 
     read = diffusers_config.autoencoder_from_config(config)
     same = level_plan(autoencoder) == level_plan(read)
     _check(autoencoder, read, SAME_AUTOENCODER, str(config["_class_name"]), same)
+    return config
+
+
+def consistency_decoder_config(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a ConsistencyDecoderVAE.
+
+    Args:
+      parts: its "decoder", a ConsistencyDecoder, and its "encoder", an AutoencoderKL of which only the encoder is used.
+
+    Raises:
+      ValueError: a part is missing, or diffusers has no such network.
+    """
+    if sorted(parts) != ["decoder", "encoder"]:
+        raise ValueError(f"a ConsistencyDecoderVAE needs a decoder and an encoder, got {', '.join(sorted(parts))}")
+    decoder, encoder = parts["decoder"], parts["encoder"]
+    levels = range(len(decoder.channel_mult))
+    theirs = autoencoder_config(encoder)
+    shared = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "norm_num_groups")
+    config = {f"encoder_{name}": theirs[name] for name in shared} | {
+        "_class_name": "ConsistencyDecoderVAE",
+        "latent_channels": encoder.z_channels,
+        "encoder_out_channels": encoder.z_channels,
+        "decoder_in_channels": decoder.in_channels + decoder.concat_channels,
+        "decoder_out_channels": decoder.out_channels,
+        "decoder_block_out_channels": [unet_channels(decoder, level) for level in levels],
+        "decoder_down_block_types": ["ResnetDownsampleBlock2D" for _ in levels],
+        "decoder_up_block_types": ["ResnetUpsampleBlock2D" for _ in levels],
+        "decoder_norm_num_groups": decoder.norm_groups,
+        "decoder_norm_eps": decoder.norm_eps,
+        "decoder_num_train_timesteps": decoder.num_times,
+    }
+    read = forms.diffusers_decoder_config(config).network
+    _check(decoder, read, SAME_DECODER, "ConsistencyDecoderVAE", unet_plan(decoder) == unet_plan(read))
+    first_stage = forms.encoder_config(config).network
+    same = level_plan(encoder).encoder == level_plan(first_stage).encoder
+    _check(encoder, first_stage, ["mid_attention", "embed_dim"], "ConsistencyDecoderVAE", same)
     return config
 
 

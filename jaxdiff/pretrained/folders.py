@@ -154,16 +154,7 @@ def export_weights(
         return len(arrays)
     if row.configure is None:
         raise ValueError(f"{kind} is written as one file, got {target}; give a name ending in .safetensors")
-    config = row.configure(spec.network, **spec.options)
-    if target.exists():
-        raise ValueError(f"{target} exists; choose another name")
-    name = WEIGHT_FILES[1] if "architectures" in config else WEIGHT_FILES[0]
-    with _beside(target) as partial:
-        partial.mkdir(parents=True)
-        safetensors_file.write(
-            partial / name, {n: _counted(a, progress) for n, a in arrays.items()}, metadata={"format": "pt"}
-        )
-        (partial / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    _write_folder(target, arrays, row.configure(spec.network, **spec.options), progress)
     return len(arrays)
 
 
@@ -171,12 +162,13 @@ def export_bundle(
     kind: str, parts: Mapping[str, Imported], path: str | os.PathLike[str], *, dtype: str | None = None,
     progress: Progress = lambda _: None,
 ) -> int:  # fmt: skip
-    """Writes several networks as one file of a publisher; see `export_weights`. Parts are named as in `catalog`.
+    """Writes several networks as one model of a publisher; see `export_weights`. Parts are named as in `catalog`.
 
     Raises:
       ValueError: a part is unknown or of another kind, or the path is taken.
     """
-    places = {(part.name, part.kind): part.prefix for part in BUNDLES[kind].parts}
+    bundle, target = BUNDLES[kind], Path(path)
+    places = {(part.name, part.kind): part.prefix for part in bundle.parts}
     arrays = {}
     for name, part in parts.items():
         if (name, part.kind) not in places:
@@ -185,7 +177,11 @@ def export_bundle(
         arrays |= {places[name, part.kind] + tensor: array for tensor, array in row.items()}
     if not arrays:
         raise ValueError(f"nothing to export as {kind}: no part was given")
-    _write_state(Path(path), arrays, progress)
+    if target.suffix == ".safetensors" or bundle.configure is None:
+        _write_state(target, arrays, progress)
+    else:
+        config = bundle.configure({name: part.spec.network for name, part in parts.items()})
+        _write_folder(target, arrays, config, progress)
     return len(arrays)
 
 
@@ -210,6 +206,17 @@ def _write_state(target: Path, arrays: Mapping[str, Deferred], progress: Progres
         raise ValueError(f"there is no folder {target.parent}; make it first")
     counted = {name: _counted(array, progress) for name, array in arrays.items()}
     safetensors_file.write(target, counted, metadata={"format": "pt"})
+
+
+def _write_folder(target: Path, arrays: Mapping[str, Deferred], config: Mapping[str, Any], progress: Progress) -> None:
+    if target.exists():
+        raise ValueError(f"{target} exists; choose another name")
+    name = WEIGHT_FILES[1] if "architectures" in config else WEIGHT_FILES[0]
+    with _beside(target) as partial:
+        partial.mkdir(parents=True)
+        counted = {n: _counted(array, progress) for n, array in arrays.items()}
+        safetensors_file.write(partial / name, counted, metadata={"format": "pt"})
+        (partial / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _counted(deferred: Deferred, progress: Progress) -> Deferred:

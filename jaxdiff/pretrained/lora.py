@@ -2,12 +2,15 @@
 
 The additions are named after the modules that they change, so the names of the network come from the caller: the
 entries of `diffusers_layout` for a UNet, those of `clip` for a text encoder. A file often holds both; `part` splits it.
+peft keeps alpha apart from the tensors, in a text of the file (diffusers) or in adapter_config.json beside it.
 Merging is in `networks.lora`. Variants that are no product of two matrices (LoHa, LoKr, DoRA) are refused.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +21,7 @@ from jaxdiff.networks.lora import Lora, LowRank
 from jaxdiff.networks.unet import UNet
 from jaxdiff.pretrained import clip, diffusers_layout, files
 from jaxdiff.pretrained.mapped import WeightsError
+from jaxdiff.pretrained.plans import read_json
 from jaxdiff.pretrained.torch_layout import Entry
 from jaxdiff.types import Params
 
@@ -42,7 +46,12 @@ KOHYA_UNET = Convention("lora_unet_", "_", ".lora_down.weight", ".lora_up.weight
 KOHYA_TEXT = Convention("lora_te_", "_", ".lora_down.weight", ".lora_up.weight")
 PEFT_UNET = Convention("unet.", ".", ".lora_A.weight", ".lora_B.weight")
 PEFT_TEXT = Convention("text_encoder.", ".", ".lora_A.weight", ".lora_B.weight")
+PEFT_ALONE = Convention("", ".", ".lora_A.weight", ".lora_B.weight")  # the adapter of one network
 ALPHA = ".alpha"
+# Where peft's settings are: a text in a safetensors file of diffusers, and a file of peft itself.
+SETTINGS, SETTINGS_FILE = "lora_adapter_metadata", "adapter_config.json"
+
+PREFIXES = ("lora_unet_", "lora_te", "unet.", "text_encoder")
 
 # Names that older diffusers and bare peft models used, and the present ones.
 OLD_NAMES = (
@@ -69,25 +78,64 @@ def read_for(path: str | os.PathLike[str], network: Any, options: Mapping[str, A
     Raises:
       ValueError: no addition in it is meant for such a network, or they do not fit; one line says which.
     """
-    state = files.read(path)
+    state, settings = files.read(path), _settings(path)
     text = isinstance(network, ClipText)
     if not text and not isinstance(network, UNet):
         raise WeightsError(
             path, f"LoRA changes UNets and text encoders, the network is a {type(network).__name__}; give another"
         )
-    entries = clip.text_encoder_entries(network) if text else _unet_entries(network, options)
-    for convention in (KOHYA_TEXT, PEFT_TEXT) if text else (KOHYA_UNET, PEFT_UNET):
+    if text:  # transformers 5 no longer has the prefix in memory, and so in what peft saves
+        inner = any("text_model" in name for name in state)
+        entries = clip.text_encoder_entries(network, "text_model." if inner else "")
+    else:
+        entries = diffusers_layout.unet_entries(network, bool(options.get("linear_projection", False)))
+    alone = not any(_present(name).startswith(PREFIXES) for name in state)
+    for convention in [PEFT_ALONE] if alone else [KOHYA_TEXT, PEFT_TEXT] if text else [KOHYA_UNET, PEFT_UNET]:
         if found := part(state, convention):
             try:
-                return import_lora(found, entries, shapes, convention)
+                return import_lora(found | _alphas(found, settings, convention), entries, shapes, convention)
             except ValueError as error:
                 raise WeightsError(path, str(error)) from None
     what = "text encoder" if text else "UNet"
     raise WeightsError(path, f"holds no LoRA of a {what}, got names such as {sorted(state)[:2]}; give another --base")
 
 
-def _unet_entries(unet: UNet, options: Mapping[str, Any]) -> list[Entry]:
-    return diffusers_layout.unet_entries(unet, bool(options.get("linear_projection", False)))
+def _settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What peft wrote about an adapter; {} if nothing."""
+    text, beside = files.summary(path).metadata.get(SETTINGS), Path(path).with_name(SETTINGS_FILE)
+    if text is None:
+        return read_json(beside) if beside.is_file() else {}
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise WeightsError(path, f"has {SETTINGS} that are no JSON object; save the LoRA again")
+    return found
+
+
+def _alphas(state: Mapping[str, Any], settings: Mapping[str, Any], convention: Convention) -> dict[str, np.ndarray]:
+    """The alphas of additions that have none of their own, from peft's settings, whose names may have the prefix."""
+    named = {name.removeprefix(convention.prefix): value for name, value in settings.items()}
+    alpha, patterns = named.get("lora_alpha"), named.get("alpha_pattern") or {}
+    if alpha is None:
+        return {}
+    if not isinstance(patterns, dict) or not all(isinstance(a, int | float) for a in (alpha, *patterns.values())):
+        raise ValueError(f"its lora_alpha {alpha!r} or alpha_pattern is no number; save the LoRA again")
+    # peft takes these for regular expressions; what it and diffusers write are names of modules, or how they end.
+    ends = {name.removeprefix("^").removesuffix("$").replace("\\.", "."): value for name, value in patterns.items()}
+    if strange := [name for name in ends if not re.fullmatch(r"[\w.]+", name)]:
+        raise ValueError(f"its alpha_pattern has {strange[0][:80]!r}, expected names of modules; merge it with peft")
+    found = {}
+    for name in state:
+        base = name.removesuffix(convention.down)
+        if base == name or base + ALPHA in state:
+            continue
+        module = f".{base.removeprefix(convention.prefix)}"
+        value = next((value for end, value in ends.items() if module.endswith(f".{end}")), alpha)
+        rank = np.shape(state[name])[0]
+        found[base + ALPHA] = np.asarray(value * rank**0.5 if named.get("use_rslora") else value, np.float32)
+    return found
 
 
 def part(state: Mapping[str, Any], convention: Convention) -> dict[str, Any]:

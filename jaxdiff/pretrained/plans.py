@@ -24,6 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
     "model.safetensors.index.json", "diffusion_pytorch_model.bin", "pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json", "pytorch_model.bin.index.json",
 )  # fmt: skip
 MODEL_CONFIG = "config.json"
 KEEP_CONFIG = ("diffusers-", "clip-text")  # kinds whose publisher keeps it beside the weights
@@ -213,15 +214,17 @@ def _plan_pipeline(folder: Path, dtype: str) -> list[Plan]:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weight file of a folder of diffusers or transformers.
+    """The weight file of a folder of diffusers or transformers: under the names that they use, or the only one.
 
     Raises:
-      WeightsError: there is none under the names that they use.
+      WeightsError: there is none, or there are several.
     """
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
     found = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".safetensors", ".bin", ".ckpt", ".pt"))
+    if len(found) == 1:  # of a variant, such as diffusion_pytorch_model.fp16.safetensors
+        return folder / found[0]
     hint = f"it has {', '.join(found[:4])}; name one" if found else "it has no weight file"
     raise WeightsError(folder, f"is a folder without {WEIGHT_FILES[0]} or {WEIGHT_FILES[1]}; {hint}")
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 import optax
 
@@ -78,6 +79,7 @@ class Experiment:
         `sharding.Partition`. A run may go on with another one.
       preview_steps: length of the sampling grid for pictures during training; None for the method's own.
       evaluation: what `evaluate` compares samples with; training never reads it.
+      conditioning: {name: shape and dtype of one example} of arrays that a batch holds besides x0 and label.
       networks: {player: Flax module}; only `jaxdiff export` reads them.
 
     Raises:
@@ -105,6 +107,7 @@ class Experiment:
     partition: Partition = ()
     preview_steps: int | None = None
     evaluation: Any = None
+    conditioning: Mapping[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
     networks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -105,7 +105,8 @@ from jaxdiff.training.experiment import Experiment
 
 def build(*, num_steps: int = 2):
     unet = UNet(
-        in_channels=1, out_channels=1, base_channels=8, channel_mult=(1,), num_res_blocks=1, norm_groups=4, num_classes=10
+        in_channels=1, out_channels=1, base_channels=8, channel_mult=(1,), num_res_blocks=1, norm_groups=4,
+        num_classes=10,
     )
     return Experiment(
         name="small",

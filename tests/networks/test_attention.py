@@ -1,5 +1,6 @@
 """Attention against the softmax formula and against the plain form that JAX differentiates by itself."""
 
+import contextlib
 import re
 
 import jax
@@ -164,3 +165,65 @@ def test_a_batch_over_two_devices_needs_no_collective(by_head):
     assert re.findall(r"(all-\w+|collective-\w+|reduce-scatter)\S*\(", program.as_text()) == []
     on_two = program(*jax.device_put(operands, split))
     close(on_two, forward_and_back(*operands), atol=5e-6)
+
+
+def value_and_vjp(form, operands):
+    @jax.jit
+    def run(*operands):
+        out, vjp = jax.vjp(form, *operands)
+        return out, vjp(jnp.cos(out))
+
+    return run(*operands)
+
+
+def causal_attention(q, k, v):
+    """Each query with the keys it sees, one by one."""
+    rows = [softmax_attention(q[:, i : i + 1], k[:, : i + 1], v[:, : i + 1]) for i in range(q.shape[1])]
+    return np.concatenate(rows, axis=1)
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_causal_attention_is_that_of_the_keys_before(monkeypatch, rows):
+    if rows:  # by head, in slices of as many queries, with a last one that is not full
+        monkeypatch.setattr(attention_module, "MANY_SCORES", 0)
+        monkeypatch.setattr(attention_module, "FEWEST_QUERIES", rows)
+        monkeypatch.setattr(attention_module, "SLICE_SCORES", 1)
+    operands = qkv(2, 5, 5, 3, 4)
+    ours = value_and_vjp(lambda *a: attention(*a, causal=True), operands)
+    seen = jnp.tril(jnp.ones((5, 5), bool))[None, None]
+    np.testing.assert_allclose(ours[0], causal_attention(*operands), atol=2e-6)
+    close(ours, value_and_vjp(lambda *a: attention_module._plain(*a, seen), operands), atol=5e-6)
+    assert is_by_head(*operands) == bool(rows)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("context", [forward_mode, portable, contextlib.nullcontext])
+def test_slices_of_the_queries_change_nothing(monkeypatch, context, causal):
+    monkeypatch.setattr(attention_module, "MANY_SCORES", 0)
+    operands = qkv(2, 7, 7, 2, 4)
+    with context():
+        sliced = value_and_vjp(lambda *a: attention(*a, causal=causal, max_scores=3 * 7), operands)
+    close(sliced, value_and_vjp(lambda *a: attention(*a, causal=causal), operands), atol=5e-6)
+
+
+@pytest.mark.parametrize("context", [forward_mode, contextlib.nullcontext])
+def test_slices_of_the_queries_take_less_memory(context):
+    shape = jax.ShapeDtypeStruct((1, 1024, 1, 8), jnp.float32)
+
+    def megabytes(rows, differentiate):
+        def run(q, k, v):
+            out, vjp = jax.vjp(lambda *a: attention(*a, max_scores=rows * 1024), q, k, v)
+            return vjp(out) if differentiate else out
+
+        with context():
+            program = jax.jit(run).lower(shape, shape, shape).compile()
+        return program.memory_analysis().temp_size_in_bytes / 2**20
+
+    # All scores are 4 MB, those of 64 queries 0.25 MB.
+    assert megabytes(1024, differentiate=False) > 4 > 4 * megabytes(64, differentiate=False)
+    assert megabytes(1024, differentiate=True) > 4 > 2 * megabytes(64, differentiate=True)
+
+
+def test_a_limit_that_no_score_keeps_is_refused():
+    with pytest.raises(ValueError, match="max_scores must be at least 1, got 0"):
+        attention(*qkv(1, 2, 2, 1, 1), max_scores=0)

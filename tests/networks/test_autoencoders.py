@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.networks import autoencoder_kl, autoencoder_vq
+from jaxdiff.networks import autoencoder_kl, autoencoder_vq, convolution
+from jaxdiff.networks.attention import forward_mode
 from jaxdiff.networks.autoencoder_blocks import (
     AutoencoderResBlock,
     Encoder,
@@ -18,6 +19,7 @@ from jaxdiff.networks.autoencoder_blocks import (
 from jaxdiff.networks.autoencoder_kl import AutoencoderKL, Posterior
 from jaxdiff.networks.autoencoder_vq import AutoencoderVQ, Quantized
 from jaxdiff.networks.base import init_params, num_params, param_shapes
+from jaxdiff.networks.layers import Conv, upsample_nearest
 
 FIELDS = dict(base_channels=8, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4, attention_factors=(2,))
 KL = AutoencoderKL(**FIELDS, z_channels=3, embed_dim=5)
@@ -271,3 +273,37 @@ def test_what_does_not_fit_is_refused(build, message):
     with pytest.raises(ValueError, match=message) as caught:
         build()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 9, 3, 4), (1, 2, 3, 4, 3), (2, 1, 1, 3, 2)])
+def test_convolving_doubled_images_is_doubling_and_convolving(monkeypatch, shape):
+    b, h, w, i, o = shape
+
+    def twice(x, kernel):
+        return convolution._library(upsample_nearest(x), kernel, 1, (1, 1))
+
+    def value_and_vjp(form):
+        @jax.jit
+        def run(x, kernel):
+            out, vjp = jax.vjp(lambda *a: form(*a), x, kernel)
+            return out, vjp(jnp.cos(out))
+
+        return run(x, kernel)
+
+    with jax.enable_x64(True):
+        x, kernel = (jnp.asarray(normal(seed, *s), jnp.float64) for seed, s in ((0, (b, h, w, i)), (1, (3, 3, i, o))))
+        small = value_and_vjp(convolution.convolve_doubled)
+        monkeypatch.setattr(convolution, "MANY_PRODUCTS", 0)
+        monkeypatch.setattr(convolution, "FEW_PIXELS", 0)
+        ours, theirs = value_and_vjp(convolution.convolve_doubled), value_and_vjp(twice)
+        assert "custom_vjp" in str(jax.make_jaxpr(lambda *a: convolution.convolve_doubled(*a))(x, kernel))
+        for found in (small, ours):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, theirs)
+        with forward_mode():
+            _, slope = jax.jvp(lambda x: convolution.convolve_doubled(x, kernel), (x,), (x,))
+        np.testing.assert_allclose(slope, theirs[0], atol=1e-12)
+
+
+def test_a_doubled_convolution_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="kernel_size 3, stride 1 and no asymmetric padding, got 5, 1 and False"):
+        Conv(4, kernel_size=5, doubled=True)

@@ -179,3 +179,17 @@ def test_what_does_not_fit_is_refused(make, message):
 
 def shape_of(net, shape, cond):
     return jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros(shape), T, cond))
+
+
+def test_recomputing_blocks_changes_no_gradient():
+    net = TINY.clone(channel_mult=(1,), attention_factors=(1,))
+    params, x = drawn(net), images(2, 2, 2, 3)
+
+    def gradient(module):
+        return jax.grad(lambda p: jnp.mean(module.apply({"params": p}, x, T, {}) ** 2))
+
+    plain, again = gradient(net), gradient(net.clone(remat=True))
+    kinds = [{e.primitive.name for e in jax.make_jaxpr(form)(params).eqns} for form in (plain, again)]
+    assert kinds[1] - kinds[0] == {"remat2"}
+    found = [jax.jit(form)(params) for form in (plain, again)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)

@@ -202,6 +202,7 @@ def test_controlnet_settings():
 
 def test_other_settings():
     adm = DDPM | {"attention_head_dim": 64, "resnet_time_scale_shift": "scale_shift", "num_class_embeds": 1000}
+    adm |= {"attn_norm_num_groups": 32}
     adm |= {"block_out_channels": [192, 384, 576, 768], "layers_per_block": 3, "out_channels": 6, "norm_eps": 1e-5}
     adm |= {"flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1}
     adm |= {"down_block_types": ["ResnetDownsampleBlock2D"] + ["AttnDownBlock2D"] * 3, "downsample_type": "resnet"}
