@@ -1,4 +1,5 @@
-"""The command line: train, sample, evaluate, compare, freeze, info, profile, checkpoint, import, export, inspect.
+"""The command line: train, sample, evaluate, compare, freeze, info, profile, checkpoint, edit, import,
+export, inspect.
 
 It reads arguments, calls the library and prints. Whatever a person can put right is one line on standard error and
 exit code 2, before any work is lost; JAXDIFF_TRACEBACK=1 shows where it came from.
@@ -92,6 +93,9 @@ def parser() -> Parser:
     checkpoint.add_argument("folder", metavar="DIR", help="folder of a run, or its checkpoints")
     checkpoint.add_argument("--step", type=whole(0), metavar="N", help="verify this one only (default: all)")
 
+    edit = command("edit", "edit a picture with a run: inpaint, colorize, superres, stroke, denoise, interpolate")
+    options.editing(edit)
+
     read = command("import", "make a folder of our parameters from published weights", KINDS)
     options.weights(read)
     read.add_argument("files", nargs="+", metavar="FILE", help="weight file, or folder of diffusers; LPIPS has two")
@@ -120,6 +124,10 @@ def parser() -> Parser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command == "edit":
+        from jaxdiff.edit import edit
+
+        return edit(args)
     if args.command in ("import", "export", "inspect"):
         from jaxdiff import weights
 

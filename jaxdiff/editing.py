@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float64
 from jaxdiff.denoiser import map_x0
 from jaxdiff.process import q_sample
 from jaxdiff.schedules import Schedule
-from jaxdiff.solvers.base import Solver, level_like, sample
+from jaxdiff.solvers.base import Solver, level_like, no_state, sample
 from jaxdiff.solvers.stochastic_iterative import stochastic_iterative
 from jaxdiff.types import Denoiser, Key, Level, expand
 
@@ -180,6 +180,31 @@ def zero_shot(
     start = level_like(schedule, jnp.full(y.shape[:1], times[0], times.dtype), y)
     x = q_sample(y, jax.random.normal(first, y.shape, y.dtype), start)
     return sample(stochastic_iterative(schedule, sigma_min), hold(denoise, view, y), rest, x, times)
+
+
+def edit_solver(
+    edit: Callable[[Schedule, Denoiser], Float[Array, "b ..."]],
+) -> Callable[[Schedule], Solver]:
+    """A rule of editing in the form of a solver, so that every method's `generate` runs it with its own denoiser.
+
+    Hand it to `methods.base.Sampling` with num_steps=1: the method then calls `edit` once, in the place of its sampler.
+    The noise that the method starts from is not used.
+
+    Args:
+      edit: (schedule, denoise) -> [B, ...], for instance by `zero_shot`.
+    """
+
+    def make(schedule: Schedule) -> Solver:
+        def finish(noise, state, x, t, denoise):
+            del noise, state, x, t
+            return edit(schedule, denoise)
+
+        def step(noise, state, x, t, s, denoise):
+            raise ValueError("an edit is one call; give Sampling(num_steps=1)")
+
+        return Solver(no_state, step, finish)
+
+    return make
 
 
 def slerp(z1: Float[Array, "b ..."], z2: Float[Array, "b ..."], weight: Float[Array, " b"]) -> Float[Array, "b ..."]:

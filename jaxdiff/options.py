@@ -1,5 +1,7 @@
 """The options that several commands of the command line share; which commands there are stands in `cli.py`."""
 
+from pathlib import Path
+
 from jaxdiff.arguments import Parser, number, whole
 
 
@@ -49,6 +51,26 @@ def sampler(command: Parser, grid: bool = True, eta: bool = True) -> None:
         )
     command.add_argument("--ema", metavar="NAME", help="which average to use, or raw (default: the last one)")
     command.add_argument("--experiment", metavar="FILE", help="experiment file, if it has moved")
+
+
+def editing(command: Parser) -> None:
+    """A run, a task, pictures and how they are edited."""
+    command.add_argument("run_folder", metavar="RUN", help="folder of a run whose method needs few calls")
+    command.add_argument("task", metavar="TASK", help="inpaint, colorize, superres, stroke, denoise or interpolate")
+    command.add_argument("--image", type=Path, metavar="FILE", help="the picture, of the size that the run makes")
+    command.add_argument("--mask", type=Path, metavar="FILE", help="of inpaint: white where the picture is redrawn")
+    command.add_argument(
+        "--factor", type=whole(2), default=2, metavar="N", help="of superres: side of a patch (default: 2)"
+    )
+    command.add_argument("--noise", type=number(0.001, 1000.0), metavar="S", help="of stroke and denoise: level sigma/alpha")
+    command.add_argument("--steps", type=whole(1), default=10, metavar="S", help="calls of the network (default: 10)")
+    command.add_argument("--num", type=whole(1), default=4, metavar="N", help="results (default: 4)")
+    command.add_argument("--class", type=whole(0), dest="label", metavar="C", help="one class (default: all in turn)")
+    command.add_argument("--seed", type=whole(0, 2**32 - 2), default=0, metavar="K", help="of all that is drawn")
+    command.add_argument("--resize", action="store_true", help="scale pictures of another size")
+    command.add_argument("--ema", metavar="NAME", help="which average to use, or raw (default: the last one)")
+    command.add_argument("--experiment", metavar="FILE", help="experiment file, if it has moved")
+    command.add_argument("--out", type=Path, required=True, metavar="PATH", help="strip (.png) or arrays (.npz)")
 
 
 def judging(command: Parser) -> None:

@@ -28,13 +28,23 @@ GRID = 10
 
 
 class Row(NamedTuple):
-    """A method of the ladder: name, label in the table, experiment file, settings, calls at which it is judged."""
+    """A method of the ladder.
+
+    Attributes:
+      name: of its runs, NAME-SEED.
+      label: in the table.
+      file: its experiment.
+      settings: of the experiment.
+      calls: of the network, at which it is judged.
+      first: settings of a stage before, whose run takes the teacher's place; None for one stage.
+    """
 
     name: str
     label: str
     file: str
     settings: dict[str, Any] = {}
     calls: tuple[int, ...] = CALLS
+    first: dict[str, Any] | None = None
 
 
 ROWS = (
@@ -44,8 +54,8 @@ ROWS = (
     Row("ect", "easy consistency tuning", "digits_easy_consistency.py", calls=(1, 2)),
     Row("scd", "continuous-time distillation (sCD)", "digits_continuous_consistency.py"),
     Row("sct", "continuous-time training (sCT)", "digits_continuous_consistency.py", {"distil": False}),
-    Row("pd", "progressive distillation", "digits_progressive.py"),
-    Row("guided", "guided distillation", "digits_guided_distillation.py"),
+    Row("pd", "progressive distillation", "digits_progressive.py", calls=(1,)),
+    Row("guided", "guided distillation", "digits_guided_distillation.py", calls=(1,), first={"first": True}),
     Row("lcm", "latent consistency distillation, on pixels", "digits_lcm.py"),
 )
 
@@ -71,14 +81,19 @@ def main() -> int:
     if not args.no_train:
         train(teacher, EXPERIMENTS / TEACHER, {})
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda p: train(p[2], EXPERIMENTS / p[0].file, settings(p[0], p[1], teacher)), planned))
+            list(pool.map(lambda p: train_row(p[0], p[1], p[2], teacher), planned))
     report(teacher, planned, args.out)
     return 0
 
 
-def settings(row: Row, seed: int, teacher: Path) -> dict[str, Any]:
-    """The settings of one run."""
-    return {"teacher": teacher, "seed": seed, **row.settings}
+def train_row(row: Row, seed: int, folder: Path, teacher: Path) -> None:
+    """Trains the run of a row, and the one before it where there are two stages."""
+    file = EXPERIMENTS / row.file
+    if row.first is not None:
+        before = folder.with_name(f"{folder.name}-first")
+        train(before, file, {"teacher": teacher, "seed": seed, **row.settings, **row.first})
+        teacher = before
+    train(folder, file, {"teacher": teacher, "seed": seed, **row.settings})
 
 
 def train(folder: Path, file: Path, values: dict[str, Any]) -> None:
@@ -164,11 +179,11 @@ def report(teacher: Path, planned: list[tuple[Row, int, Path]], out: Path) -> No
     rows = {row.name: row for row, _, _ in planned}
     for row in rows.values():
         folders = [folder for other, _, folder in planned if other.name == row.name]
-        done = [folder for folder in folders if folder.with_suffix(".cost.json").is_file()]
+        done = [folder for folder in folders if _done(folder)]
         if not done:
             continue
         judged = [judge(folder, row.calls, None) for folder in done]
-        costs = [json.loads(folder.with_suffix(".cost.json").read_text())["cpu_s"] for folder in done]
+        costs = [_cost(folder) for folder in done]
         for n in row.calls:
             seconds = f"{statistics.median(costs):.0f}"
             lines.append(_row(row.label, n, [j[str(n)] for j in judged], scale, seconds))
@@ -182,6 +197,17 @@ def report(teacher: Path, planned: list[tuple[Row, int, Path]], out: Path) -> No
     _health(planned, images / "ladder_health.png")
     out.write_text(PAGE.format(table=table, seeds=", ".join(map(str, seeds)), num=NUM, command="make ladder"))
     print(table)
+
+
+def _done(folder: Path) -> bool:
+    record = folder.with_suffix(".cost.json")
+    return record.is_file() and json.loads(record.read_text())["done"]
+
+
+def _cost(folder: Path) -> float:
+    """CPU seconds of a run and of the stage before it."""
+    records = [run.with_suffix(".cost.json") for run in (folder, folder.with_name(f"{folder.name}-first"))]
+    return sum(json.loads(record.read_text())["cpu_s"] for record in records if record.is_file())
 
 
 def _row(label: str, calls: Any, judged: list[dict[str, float]], scale: float, seconds: str) -> str:

@@ -34,6 +34,7 @@ PROGRAMS = (
     "cli",
     "commands",
     "drawing",
+    "edit",
     "evaluation",
     "flops",
     "frozen",
