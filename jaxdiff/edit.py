@@ -36,7 +36,7 @@ def edit(args: argparse.Namespace) -> int:
         raise UsageError(f"--out {args.out} must end in .png or .npz; name a picture or arrays")
     experiment = runs.open_run(args.run_folder, args.experiment)
     shape = experiment.sample_shape
-    if not pictures.drawable(shape):
+    if len(shape) != 3 or not pictures.drawable(shape):
         raise UsageError(f"{experiment.name} makes arrays of shape {list(shape)}, no pictures; nothing can be edited")
     labels = labels_for(args.num, experiment.num_classes, args.label)
     image = _image(args, shape)
@@ -115,7 +115,7 @@ def _view(args: argparse.Namespace, shape: tuple[int, ...], image: np.ndarray | 
             raise UsageError(
                 f"--mask {args.mask} is all {'black' if mask.all() else 'white'}: nothing to redraw or to keep"
             )
-        return editing.region(jnp.broadcast_to(jnp.asarray(mask, jnp.float32), shape))
+        return editing.region(jnp.broadcast_to(jnp.asarray(mask, jnp.float32), shape)[None])
     if args.task == "colorize":
         if shape[-1] != 3:
             raise UsageError(f"colorize needs a run that makes pictures in colour, this one has {shape[-1]} channel")
@@ -124,7 +124,7 @@ def _view(args: argparse.Namespace, shape: tuple[int, ...], image: np.ndarray | 
         if args.factor < 2 or shape[0] % args.factor or shape[1] % args.factor:
             raise UsageError(f"--factor {args.factor} must be at least 2 and divide {shape[0]} x {shape[1]}")
         return editing.patch_means(args.factor)
-    if args.noise is None:
+    if args.noise is None and args.task != "interpolate":
         raise UsageError(f"{args.task} needs --noise, the level sigma/alpha that it starts from, such as 0.5")
     return None
 

@@ -62,7 +62,9 @@ def editing(command: Parser) -> None:
     command.add_argument(
         "--factor", type=whole(2), default=2, metavar="N", help="of superres: side of a patch (default: 2)"
     )
-    command.add_argument("--noise", type=number(0.001, 1000.0), metavar="S", help="of stroke and denoise: level sigma/alpha")
+    command.add_argument(
+        "--noise", type=number(0.001, 1000.0), metavar="S", help="of stroke and denoise: level sigma/alpha"
+    )
     command.add_argument("--steps", type=whole(1), default=10, metavar="S", help="calls of the network (default: 10)")
     command.add_argument("--num", type=whole(1), default=4, metavar="N", help="results (default: 4)")
     command.add_argument("--class", type=whole(0), dest="label", metavar="C", help="one class (default: all in turn)")
