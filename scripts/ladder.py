@@ -68,6 +68,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="names of rows, comma-separated")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one core each")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "ladder.md")
+    parser.add_argument("--note", default="", help="a sentence for the page, such as what the machine did besides")
     parser.add_argument("--no-train", action="store_true", help="judge what is there")
     args = parser.parse_args()
     names = [name for name in args.only.split(",") if name]
@@ -82,7 +83,7 @@ def main() -> int:
         train(teacher, EXPERIMENTS / TEACHER, {})
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda p: train_row(p[0], p[1], p[2], teacher), planned))
-    report(teacher, planned, args.out)
+    report(teacher, planned, args.out, args.note)
     return 0
 
 
@@ -168,7 +169,7 @@ def floor() -> dict[str, float]:
     return {name: float(result.value) for name, result in results.items()}
 
 
-def report(teacher: Path, planned: list[tuple[Row, int, Path]], out: Path) -> None:
+def report(teacher: Path, planned: list[tuple[Row, int, Path]], out: Path, note: str) -> None:
     """Judges all runs and writes the page and its pictures."""
     best = judge(teacher, TEACHER_CALLS, "ddim")
     real, scale = floor(), best["50"]["frechet"]
@@ -195,7 +196,9 @@ def report(teacher: Path, planned: list[tuple[Row, int, Path]], out: Path) -> No
     _plot(curves, real["frechet"], images / "ladder.png")
     _grid(teacher, planned, images / "ladder_samples.png")
     _health(planned, images / "ladder_health.png")
-    out.write_text(PAGE.format(table=table, seeds=", ".join(map(str, seeds)), num=NUM, command="make ladder"))
+    spread = f"Medians over the seeds {', '.join(map(str, seeds))} of the student, with the range"
+    spread = spread if len(seeds) > 1 else f"One seed of the student, {seeds[0]}"
+    out.write_text(PAGE.format(table=table, spread=spread, num=NUM, note=f"\n{note}\n" if note else ""))
     print(table)
 
 
@@ -279,16 +282,16 @@ def _health(planned: list[tuple[Row, int, Path]], path: Path) -> None:
 PAGE = """# The ladder
 
 From 50 network calls to one, on the embedded 8x8 digits: one EDM teacher (`experiments/digits_edm.py`), every method
-trained from it on one core of a CPU, judged alike. `{command}` trains what is missing and writes this page; a row is
+trained from it on one core of a CPU, judged alike. `make ladder` trains what is missing and writes this page; a row is
 an experiment of `experiments/digits_*.py`.
 
 {table}
 
 Frechet distance to the 360 held-out images with the classifier's features, n = {num} samples in equal classes; kernel
 distance, classifier accuracy and distance to the nearest training image beside it, since each of them alone misleads.
-The first row is what real training images score. Medians over the seeds {seeds} of the student, with the range; the
-teacher is one. CPU seconds are of one training process, compilation included.
-
+The first row is what real training images score. {spread}; the teacher is one.
+CPU seconds are of one training process, compilation included.
+{note}
 ![quality against calls](images/ladder.png)
 
 The pictures below are the first seed's: the teacher at 50 calls, then each method in the order of the table at its
