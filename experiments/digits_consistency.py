@@ -62,7 +62,7 @@ def build(
     if smoke:
         teacher_params = init_params(unet, jax.random.key(0), *example_inputs(unet))
     else:
-        teacher_params = runs.player_params(teacher)
+        teacher_params = runs.teacher_params(teacher)
     distance = losses.pseudo_huber(huber)
     if distil:
         method = consistency_distillation(

@@ -82,7 +82,7 @@ def build(
     if first:
         method = diffusion_decoder(as_network(decoder), init_params=start, sigma_data=SIGMA_DATA)
     else:
-        teacher_params = start(jax.random.key(0), {}) if smoke else runs.player_params(teacher)
+        teacher_params = start(jax.random.key(0), {}) if smoke else runs.teacher_params(teacher)
         method = consistency_decoder(as_network(decoder), teacher_params=teacher_params, sigma_data=SIGMA_DATA)
     shown = latents(digits("held_out").x0)
 

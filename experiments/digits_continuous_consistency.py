@@ -58,7 +58,7 @@ def build(
     if smoke:
         teacher_params = init_params(unet, jax.random.key(0), *example_inputs(unet))
     else:
-        teacher_params = runs.player_params(teacher)
+        teacher_params = runs.teacher_params(teacher)
     method = scm(
         from_edm(as_network(unet, forward_mode=True), SIGMA_DATA),
         init_params=lambda key, batch: jax.tree.map(jnp.array, teacher_params),

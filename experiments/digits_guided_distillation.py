@@ -62,7 +62,7 @@ def build(
     if smoke:
         teacher_params = init_params(unet, jax.random.key(0), *example_inputs(unet))
     else:
-        teacher_params = runs.player_params(teacher)
+        teacher_params = runs.teacher_params(teacher)
     guided = unet.clone(guidance_dim=2 * width)
     schedule = schedules.cosine(-12.0, 12.0)
     meaning = parameterization.edm(SIGMA_DATA, lambda t: jnp.log(schedule.level(t).sigma / schedule.level(t).alpha) / 4)

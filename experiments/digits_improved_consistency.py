@@ -59,7 +59,7 @@ def build(
     if smoke:
         teacher_params = init_params(unet, jax.random.key(0), *example_inputs(unet))
     else:
-        teacher_params = runs.player_params(teacher)
+        teacher_params = runs.teacher_params(teacher)
     method = improved_consistency(
         as_network(unet),
         init_params=lambda key, batch: jax.tree.map(jnp.array, teacher_params),

@@ -61,7 +61,7 @@ def build(
     if smoke:
         teacher_params = init_params(unet, jax.random.key(0), *example_inputs(unet))
     else:
-        teacher_params = runs.player_params(teacher)
+        teacher_params = runs.teacher_params(teacher)
     betas = schedules.cosine_betas(chain_length)
     guided = unet.clone(guidance_dim=2 * width)
     schedule = schedules.discrete(betas)

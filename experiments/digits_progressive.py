@@ -56,7 +56,7 @@ def build(
     if smoke:
         teacher_params = init_params(unet, jax.random.key(0), *example_inputs(unet))
     else:
-        teacher_params = runs.player_params(teacher)
+        teacher_params = runs.teacher_params(teacher)
     rounds = first_steps.bit_length() + 2  # those of two steps and of one count twice
     method = progressive(
         as_network(unet),

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from jaxdiff.pretrained import folders
 from jaxdiff.settings import UsageError, build_experiment, call_build, first_line, hint, load_build, settings_of
 from jaxdiff.training import sharding
 from jaxdiff.training.checkpoint import CheckpointError, as_path, load_weights
+from jaxdiff.training.ema import at_least_float32
 from jaxdiff.training.experiment import Experiment
 from jaxdiff.training.state import Weights
 from jaxdiff.types import Params
@@ -175,6 +178,34 @@ def player_params(workdir: str | Path, *, player: str = "model", average: str | 
     if player not in params:
         raise UsageError(f"run {workdir} has no player {player!r}; {hint(player, params)}")
     return jax.device_get(params[player])
+
+
+def teacher_params(path: str | Path) -> Params:
+    """The parameters to distil, on the host: of a finished run of ours, or of published weights that were imported.
+
+    Args:
+      path: a run's folder, as for `player_params`, or a folder that `jaxdiff import` made.
+
+    Returns:
+      A nested dict of arrays, in float32 or wider: a student that starts from bfloat16 would hardly move.
+
+    Raises:
+      UsageError: for a folder that is neither, or is damaged.
+    """
+    folder = as_path(path)
+    if (folder / RECORD).is_file():
+        params = player_params(path)
+    elif (folder / folders.NETWORK).is_file() or folders.parts_of(folder):
+        try:
+            params = folders.load(folder).params
+        except ValueError as error:
+            raise UsageError(f"teacher: {first_line(error)}") from error
+    else:
+        raise UsageError(
+            f"teacher {path} is neither a run nor imported weights; train it with: jaxdiff train FILE --workdir "
+            f"{path}, or get it with: jaxdiff import KIND FILE {path}"
+        )
+    return jax.tree.map(lambda leaf: np.asarray(leaf, at_least_float32(leaf.dtype)), params)
 
 
 def average_name(experiment: Experiment, average: str | None) -> str:

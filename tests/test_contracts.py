@@ -19,13 +19,30 @@ from jaxdiff.training.step import make_train_step
 FILES = sorted((Path(__file__).parents[1] / "experiments").glob("[!_]*.py"))
 # These differ from the others in numbers more than in programs, and a UNet compiles for long: only `make test-full`.
 COMPILED_IN_FULL = (
+    "cifar10_consistency",
+    "cifar10_continuous_consistency",
     "cifar10_ddpm",
+    "cifar10_easy_consistency",
     "cifar10_edm",
+    "cifar10_edm_ncsnpp",
     "cifar10_iddpm",
+    "cifar10_improved_consistency",
+    "cifar10_progressive",
+    "cifar10_progressive_edm",
     "imagenet64_adm",
+    "imagenet64_consistency",
+    "imagenet64_continuous_consistency",
+    "imagenet64_edm",
+    "imagenet64_guided_distillation",
     "imagenet64_iddpm",
+    "imagenet64_improved_consistency",
+    "imagenet64_progressive",
     "lsun_adm",
+    "lsun_consistency",
     "lsun_ddpm",
+    "lsun_edm",
+    "lsun_progressive",
+    "sd_lcm",
 )
 ON_FOUR_DEVICES = ("toy_ddpm", "toy_edm", pytest.param("digits_ddpm", marks=pytest.mark.slow))
 

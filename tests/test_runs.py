@@ -4,9 +4,16 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from jaxdiff import runs
+from jaxdiff.cli import main
+from jaxdiff.networks.base import init_params
+from jaxdiff.networks.unet import UNet, example_inputs
+from jaxdiff.pretrained import folders
+from jaxdiff.pretrained.kinds import Spec
 from jaxdiff.settings import UsageError
 
 TOY = Path(__file__).parents[1] / "experiments" / "toy_ddpm.py"
@@ -74,3 +81,39 @@ def test_averages_by_name(recorded):
     assert runs.average_name(dataclasses.replace(experiment, ema=()), None) == "raw"
     with pytest.raises(UsageError, match="has no EMA 'emma'; did you mean 'ema'"):
         runs.average_name(experiment, "emma")
+
+
+def test_a_teacher_is_a_run(tmp_path):
+    folder = tmp_path / "run"
+    assert main(["train", str(TOY), "--workdir", str(folder), "--set", "smoke=true"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, runs.teacher_params(folder), runs.player_params(folder))
+    raw = runs.player_params(folder, average="raw")
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), runs.teacher_params(folder), raw)
+    assert any(jax.tree.leaves(changed)), "a teacher is the moving average"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_teacher_is_a_folder_of_imported_weights_in_float32(tmp_path, dtype):
+    unet = UNet(base_channels=32, channel_mult=(1,), num_res_blocks=1)
+    params = init_params(unet, jax.random.key(0), *example_inputs(unet))
+    folders.export_weights("openai-unet", Spec(unet), params, tmp_path / "unet.safetensors")
+    config = {"model_channels": 32, "out_channels": 3, "num_res_blocks": 1, "channel_mult": [1]}
+    config |= {"attention_resolutions": [], "num_heads": 1, "use_scale_shift_norm": False}
+    folders.import_weights("openai-unet", tmp_path / "unet.safetensors", tmp_path / "unet", config=config, dtype=dtype)
+    loaded = runs.teacher_params(tmp_path / "unet")
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype(np.float32)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), loaded, params)
+    with (tmp_path / "unet" / "params.safetensors").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(UsageError, match="^teacher: .*params.safetensors"):
+        runs.teacher_params(tmp_path / "unet")
+
+
+def test_a_teacher_that_is_neither_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="neither a run nor imported weights; train it with: .*, or get it with: "):
+        runs.teacher_params(tmp_path)
+    for name in ("unet", "vae"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / folders.NETWORK).write_text("{}")
+    with pytest.raises(UsageError, match="holds several networks; name one of unet, vae"):
+        runs.teacher_params(tmp_path)
