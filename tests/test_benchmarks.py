@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import install_size, report, sd_cpu, startup, two_cores, unet_cpu, unet_gpu, worker, workload
+from benchmarks import install_size, jvp_cpu, report, sd_cpu, startup, two_cores, unet_cpu, unet_gpu, worker, workload
 from benchmarks.gpu_shapes import SHAPES, out_of_memory
 from benchmarks.processes import Spec
 from benchmarks.workers import gpu_jaxdiff, jaxdiff_unet
@@ -88,6 +88,13 @@ def test_every_section_writes_its_tables_from_made_up_figures():
     assert found[1].rows == [["text", "2.00", "1.50", "0.750"]]
     assert found[4].rows == [["text", "3.8 M", "2.0e-06", "3.40", "62", "10"]]
 
+    passes = dict(zip(jvp_cpu.PASSES, (2.0, 3.0, 5.0), strict=True))
+    timed = {what: times(seconds) for what, seconds in passes.items()}
+    found = jvp_cpu.tables({"mlp": {"times": timed, "first": timed, "flops": passes, "difference": 1e-6}})
+    assert found[0].rows == [["mlp", "2.00", "3.00", "1.50", "5.00", "2.50"]]
+    assert found[1].rows == [["mlp", "2.00", "3.00", "5.00", "2.50"]]
+    assert found[3].rows[0][-2:] == ["2.50", "1.0e-06"]
+
     one = {"batch": 4, "seconds": [0.5], "memory": 2e9, "first": 3.0, "flops": 1e12, "parameters": 10}
     row = unet_gpu.table("n", {"jaxdiff": [one], "diffusers": []}, 4e12).rows[0]
     assert row[:5] == ["4", "0.500", "8.00", "50.0%", "2.0"]
@@ -165,6 +172,25 @@ def test_wrong_arguments_of_the_stable_diffusion_benchmark_are_one_line(argv, sa
     with pytest.raises(SystemExit):
         sd_cpu.arguments(argv)
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [(["--only", "unet_9"], "--only takes mlp, unet_8, unet_32"), (["--rounds", "0"], "--rounds must be at least 1")],
+)
+def test_wrong_arguments_of_the_derivative_benchmark_are_one_line(argv, said, capsys):
+    with pytest.raises(SystemExit):
+        jvp_cpu.arguments(argv)
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", jvp_cpu.CALLS)
+def test_a_pass_with_the_derivative_also_gives_the_plain_one(name):
+    module, shape = jvp_cpu.network_of(name)
+    x, t = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, shape[:1]))
+    params = param_shapes(module, x, t, {})
+    outs = [jax.eval_shape(function, params, x, t, x) for function in jvp_cpu.passes_of(module).values()]
+    assert [jax.tree.map(jnp.shape, out) for out in outs] == [shape, shape, (shape, shape)]
 
 
 @pytest.mark.parametrize("name", ["unet_32", "vae_64", "text"])

@@ -1,5 +1,9 @@
-"""FLOPs: layers, loops and calls by hand; a UNet's train step by hand; and XLA's own count of what it compiled."""
+"""FLOPs: layers, loops and calls by hand; a UNet's train step by hand; and XLA's own count of what it compiled.
 
+At the end, what distillation costs in passes of its network: consistency distillation's step, sCM's derivative.
+"""
+
+import functools
 from typing import Any
 
 import jax
@@ -11,10 +15,15 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxdiff import schedules
 from jaxdiff.flops import count_flops
 from jaxdiff.info import batch_shapes, state_shapes
+from jaxdiff.methods.consistency import adaptive, consistency_distillation
+from jaxdiff.methods.continuous_consistency import network_jvp
 from jaxdiff.methods.ddpm import ddpm
-from jaxdiff.networks.base import as_network, init_params
+from jaxdiff.networks.base import as_network, init_params, param_shapes
+from jaxdiff.networks.layers import fourier_embedding
+from jaxdiff.networks.mlp import MLP
 from jaxdiff.networks.unet import UNet, example_inputs
 from jaxdiff.training.experiment import Experiment
+from jaxdiff.training.state import create_state
 from jaxdiff.training.step import make_train_step
 
 X = jax.ShapeDtypeStruct((5, 7), jnp.float32)
@@ -234,3 +243,95 @@ def test_a_compiled_train_step_computes_nothing_twice(remat):
     compiled = traced.lower().compile().cost_analysis()
     assert compiled["flops"] == pytest.approx(step_by_hand(128, remat) - padding, rel=0.02)
     assert compiled["bytes accessed"] > 0
+
+
+# The networks are wide enough for products to outweigh elementwise work, which XLA's count includes.
+NETWORKS = {
+    "mlp": (MLP(features=256, num_blocks=2, time_features=functools.partial(fourier_embedding, fastest=4.0)), (2,)),
+    "unet": (
+        UNet(in_channels=1, out_channels=1, base_channels=128, channel_mult=(1, 2), num_res_blocks=1, norm_groups=8),
+        (SIZE, SIZE, 1),
+    ),
+}
+MOST_ROWS = {"mlp": 512, "unet": BATCH}
+ALL_NETWORKS = ["mlp", pytest.param("unet", marks=pytest.mark.slow)]
+
+
+def inputs_of(name):
+    """Module, and shapes of parameters, x_t and t."""
+    module, shape = NETWORKS[name]
+    x = jax.ShapeDtypeStruct((MOST_ROWS[name], *shape), jnp.float32)
+    t = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
+    return module, param_shapes(module, x, t, {}), x, t
+
+
+def xla_flops(function, *shapes):
+    return jax.jit(function).lower(*shapes).compile().cost_analysis()["flops"]
+
+
+def distillation_step(module, params, x):
+    """The train step of consistency distillation with Adam, and shapes of its arguments."""
+
+    def make(teacher_params):
+        return consistency_distillation(
+            as_network(module), teacher_params=teacher_params, curriculum=adaptive(2, 20, 100, 0.9)
+        )
+
+    def state_of(key, teacher_params):
+        return create_state(make(teacher_params), optimizers, (), key, {"x0": jnp.zeros(x.shape)})
+
+    optimizers = {"model": optax.adam(1e-3)}
+    state = jax.eval_shape(state_of, jax.random.key(0), params)
+    # Only `init` looks at the teacher's parameters; a step finds them in its state.
+    return make_train_step(make(None), optimizers), state, {"x0": x}
+
+
+def passes_of(count, module, params, x, t):
+    """Counted passes of one step: two of the teacher and one of the target forward, the student forward and back."""
+    network = as_network(module)
+
+    def forward(params, x, t):
+        return network(params, x, t, {})
+
+    def squared(params, x, t):
+        return (forward(params, x, t) ** 2).mean()
+
+    return 3 * count(forward, params, x, t) + count(jax.value_and_grad(squared), params, x, t)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_distillation_step_is_its_five_passes(name):
+    module, params, x, t = inputs_of(name)
+    step, *given = distillation_step(module, params, x)
+    assert flops(step, *given) == pytest.approx(passes_of(flops, module, params, x, t), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ALL_NETWORKS)
+def test_a_compiled_distillation_step_has_no_hidden_work(name):
+    module, params, x, t = inputs_of(name)
+    step, *given = distillation_step(module, params, x)
+    passes = passes_of(xla_flops, module, params, x, t)
+    # XLA may share a little between the passes; it must not add more than the optimiser and the loss.
+    assert 0.95 * passes < xla_flops(step, *given) < 1.05 * passes
+
+
+def forward_and_derivative(module):
+    """The plain pass, as used without a derivative, and sCM's pass with one."""
+    plain, forward_mode = as_network(module), as_network(module, forward_mode=True)
+    forward = lambda params, x, t: plain(params, x, t, {})  # noqa: E731
+    derivative = lambda params, x, t: network_jvp(forward_mode, params, x, t, x, {})  # noqa: E731
+    return forward, derivative
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_derivative_of_scm_costs_two_passes(name):
+    module, *given = inputs_of(name)
+    forward, derivative = forward_and_derivative(module)
+    assert 1.9 < flops(derivative, *given) / flops(forward, *given) < 2.1
+
+
+@pytest.mark.parametrize("name", ALL_NETWORKS)
+def test_the_compiled_derivative_of_scm_costs_two_passes(name):
+    module, *given = inputs_of(name)
+    forward, derivative = forward_and_derivative(module)
+    assert 1.9 < xla_flops(derivative, *given) / xla_flops(forward, *given) < 2.2

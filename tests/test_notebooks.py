@@ -57,19 +57,27 @@ def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
-def test_diffusion_on_digits_runs(tmp_path):
-    source = ROOT / "notebooks" / "diffusion_on_digits.py"
+# Numbers in the tables: 10 samplers with calls and two metrics, and 5 settings with guidance, eta and two metrics; in
+# the other notebook 7 samplers and 2 runs with three metrics, and 2 edits with three figures.
+@pytest.mark.parametrize(
+    ("name", "num_figures", "num_numbers", "said"),
+    [
+        ("diffusion_on_digits", 8, 10 * 3 + 5 * 4, "5 settings, traced 1 time(s)"),
+        pytest.param("one_step_digits", 4, 9 * 3 + 2 * 3, "45,393 parameters", marks=pytest.mark.slow),
+    ],
+)
+def test_a_notebook_runs(tmp_path, name, num_figures, num_numbers, said):
+    source = ROOT / "notebooks" / f"{name}.py"
     notebook = execute(source, tmp_path)
     assert [output.ename for output in outputs(notebook) if output.output_type == "error"] == []
     drawn = figures(notebook)
-    assert len(drawn) == source.read_text().count("plt.show()") == 8
+    assert len(drawn) == source.read_text().count("plt.show()") == num_figures
     assert [i for i, figure in enumerate(drawn) if figure[..., :3].std() < 0.01] == []
     text = printed(notebook)
-    assert "5 settings, traced 1 time(s)" in text
+    assert said in text
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
     numbers = [float(cell) for row in rows for cell in row if re.fullmatch(r"\s*-?[\d.]+(e[+-]\d+)?\s*", cell)]
-    # two tables: 10 samplers with calls and two metrics, 5 settings with guidance, eta and two metrics
-    assert len(numbers) == 10 * 3 + 5 * 4
+    assert len(numbers) == num_numbers
     assert np.isfinite(numbers).all()
 
 

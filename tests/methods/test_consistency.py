@@ -26,6 +26,8 @@ from jaxdiff.methods.consistency import (
     rate_of_change,
 )
 from jaxdiff.solvers.heun import euler, heun
+from jaxdiff.training.state import create_state
+from jaxdiff.training.step import make_train_step
 from jaxdiff.types import Denoised, Level, expand
 
 MEAN, STD = 0.3, 0.7
@@ -188,29 +190,35 @@ def test_no_gradient_reaches_teacher_or_target(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_one_trace_whatever_the_step(name):
-    method = METHODS[name]
-    params, aux = method.init(KEY, BATCH)
-
-    traces = []
-
-    @jax.jit
-    def step(params, aux, step):
-        traces.append(1)
-        (loss, metrics), grads = jax.value_and_grad(
-            lambda p: method.objectives[0].loss(p, aux, BATCH, KEY, step), has_aux=True
-        )(params)
-        params = jax.tree.map(lambda p, g: p - 1e-4 * g, params, grads)
-        return params, method.advance(aux, params, step, metrics), loss, metrics
-
-    seen = []
+def test_one_train_step_whatever_the_step(name):
+    method, optimizers, seen = METHODS[name], {"model": optax.sgd(1e-4)}, []
+    state = create_state(method, optimizers, (), KEY, BATCH)
+    step = jax.jit(make_train_step(method, optimizers))
     for k in (0, 1, 300, 1000):
-        params, aux, loss, metrics = step(params, aux, jnp.int32(k))
-        assert np.isfinite(loss)
-        seen.append(float(metrics.get("num_levels", -1)))
-    assert len(traces) == 1
+        state, metrics = step(state.replace(step=jnp.int32(k)), BATCH)
+        assert metrics["finite"]
+        seen.append([float(metrics[key]) for key in ("num_levels", "target_ema") if key in metrics])
+    assert step._cache_size() == 1
     if name == "training":
-        assert seen[0] == 2 and seen[-1] == 151 and len(set(seen)) == 4
+        levels, decays = zip(*seen, strict=True)
+        assert levels[0] == 2 and levels[-1] == 151 and len(set(levels)) == len(set(decays)) == 4
+
+
+def test_one_train_step_through_the_whole_curriculum():
+    """N and mu change at every other step or faster, in training and in distillation."""
+    curriculum, optimizers = adaptive(2, 10, 12, 0.9), {"model": optax.sgd(1e-4)}
+    for method in (
+        consistency_training(linear, init_params=linear_params, curriculum=curriculum),
+        consistency_distillation(linear, teacher_params=TEACHER, curriculum=curriculum),
+    ):
+        state, seen = create_state(method, optimizers, (), KEY, BATCH), []
+        step = jax.jit(make_train_step(method, optimizers))
+        for _ in range(13):
+            state, metrics = step(state, BATCH)
+            seen.append((int(metrics["num_levels"]), float(metrics["target_ema"])))
+        assert step._cache_size() == 1
+        assert seen[0] == (2, pytest.approx(0.81)) and seen[-1] == (11, pytest.approx(0.9**0.2))
+        assert len(set(seen)) >= 9
 
 
 def test_the_target_follows_the_student():

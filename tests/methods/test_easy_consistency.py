@@ -2,12 +2,15 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxdiff import losses, parameterization, schedules
 from jaxdiff.denoiser import denoiser
 from jaxdiff.methods.base import Sampling
 from jaxdiff.methods.easy_consistency import constant_widening, easy_consistency, easy_loss, gap, sigmoid_widening
+from jaxdiff.training.state import create_state
+from jaxdiff.training.step import make_train_step
 
 KEY = jax.random.key(0)
 T = jnp.array([1e-3, 0.05, 0.6, 4.0, 70.0])
@@ -87,22 +90,17 @@ def test_the_target_is_the_student_without_its_gradient():
     chex.assert_trees_all_close(ours, jax.grad(separate)(params, params), rtol=1e-4)
 
 
-def test_one_trace_through_all_stages():
-    method, traces, seen = make(), [], []
-    params, aux = method.init(KEY, BATCH)
-    assert aux == {}
-
-    @jax.jit
-    def step(params, k):
-        traces.append(1)
-        (loss, metrics), grads = jax.value_and_grad(lambda p: run_loss(method, p, step=k), has_aux=True)(params)
-        return jax.tree.map(lambda p, g: p - 1e-4 * g, params, grads), loss, metrics["stage"]
-
-    for k in (0, 99, 100, 850):
-        params, loss, stage = step(params, jnp.int32(k))
-        assert np.isfinite(loss)
-        seen.append(int(stage))
-    assert len(traces) == 1 and seen == [0, 0, 1, 8]
+def test_one_train_step_through_all_stages():
+    method, seen = make(steps_per_stage=3), []
+    optimizers = {"model": optax.sgd(1e-4)}
+    state = create_state(method, optimizers, (), KEY, BATCH)
+    assert state.aux == {}
+    step = jax.jit(make_train_step(method, optimizers))
+    for _ in range(8):
+        state, metrics = step(state, BATCH)
+        assert metrics["finite"]
+        seen.append(int(metrics["stage"]))
+    assert step._cache_size() == 1 and seen == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
 def test_both_calls_share_the_dropout_key():

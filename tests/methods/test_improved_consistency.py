@@ -15,6 +15,8 @@ from jaxdiff.methods.improved_consistency import (
     log_normal_steps,
     pair_loss,
 )
+from jaxdiff.training.state import create_state
+from jaxdiff.training.step import make_train_step
 
 LOW, HIGH = 0.002, 80.0
 KEY = jax.random.key(0)
@@ -86,22 +88,17 @@ def test_the_target_is_the_student_without_its_gradient():
     chex.assert_trees_all_close(ours, jax.grad(separate)(params, params), rtol=1e-5)
 
 
-def test_one_trace_through_all_stages():
-    method, traces, seen = make(), [], []
-    params, aux = method.init(KEY, BATCH)
-    assert aux == {}
-
-    @jax.jit
-    def step(params, k):
-        traces.append(1)
-        (loss, metrics), grads = jax.value_and_grad(lambda p: run_loss(method, p, step=k), has_aux=True)(params)
-        return jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads), loss, metrics["num_levels"]
-
-    for k in (0, 60, 399):
-        params, loss, n = step(params, jnp.int32(k))
-        assert np.isfinite(loss)
-        seen.append(int(n))
-    assert len(traces) == 1 and seen == [11, 21, 1281]
+def test_one_train_step_through_all_stages():
+    method, seen = make(num_levels=doubling_levels(10, 80, 8)), []
+    optimizers = {"model": optax.sgd(1e-3)}
+    state = create_state(method, optimizers, (), KEY, BATCH)
+    assert state.aux == {}
+    step = jax.jit(make_train_step(method, optimizers))
+    for _ in range(9):
+        state, metrics = step(state, BATCH)
+        assert metrics["finite"]
+        seen.append(int(metrics["num_levels"]))
+    assert step._cache_size() == 1 and seen == [11, 11, 21, 21, 41, 41, 81, 81, 81]
 
 
 def test_both_calls_share_the_dropout_key():

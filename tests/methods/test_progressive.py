@@ -131,7 +131,7 @@ def test_one_run_halves_by_itself_in_one_trace():
         steps.append(float(metrics["num_steps"]))
         teachers.append(state.aux["teacher"])
         students.append(state.params["model"])
-    assert steps == [4, 4, 2, 2, 2, 2, 1, 1, 1]
+    assert steps == [4, 4, 2, 2, 2, 2, 1, 1, 1] and step._cache_size() == 1
     for k in range(1, 10):
         halved = k in (2, 6)
         chex.assert_trees_all_equal(teachers[k], students[k] if halved else teachers[k - 1])

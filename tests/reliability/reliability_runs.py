@@ -1,9 +1,11 @@
 """A small adversarial run with everything that a checkpoint holds, as a process that tests can start, signal and kill.
 
-`reliability_runs.py WORKDIR NUM_STEPS DELAY` imports, waits for a line on its input, joins other processes if the
-environment says so, and trains; DELAY seconds pass before each batch. It exits like the command line: 130 if stopped.
+`reliability_runs.py WORKDIR NUM_STEPS DELAY METHOD` imports, waits for a line on its input, joins other processes if
+the environment says so, and trains one of METHODS; DELAY seconds pass before each batch. It exits like the command
+line: 130 if stopped.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -20,6 +22,11 @@ from jaxdiff.training import distributed, ema, sharding
 from jaxdiff.training.loop import train
 
 ROOT = Path(__file__).parents[2]
+METHODS = {
+    "gan": toys.gan,
+    "consistency": toys.distillation,
+    "progressive": functools.partial(toys.distillation, rounds=True),
+}
 
 
 class Logged(toys.Points):
@@ -46,18 +53,20 @@ class Logged(toys.Points):
                 file.write(line + "\n")
 
 
-def experiment(workdir, num_steps, delay=0.0, **changes):
+def experiment(workdir, num_steps, delay=0.0, name="gan", **changes):
+    method = METHODS[name]()
     optimizers = {"model": optax.adam(0.01), "disc": optax.sgd(0.02, momentum=0.9)}
+    optimizers = {objective.player: optimizers[objective.player] for objective in method.objectives}
     averages = (ema.constant("slow", 0.9), ema.half_life("edm", 100))
-    settings = {"method": toys.gan(), "optimizers": optimizers, "ema": averages, "batch_size": 16, "log_every": 1}
+    settings = {"method": method, "optimizers": optimizers, "ema": averages, "batch_size": 16, "log_every": 1}
     return toys.experiment(num_steps, data=lambda: Logged(workdir, delay), **{**settings, **changes})
 
 
-def start(workdir, num_steps, delay=0.0, environment=None):
+def start(workdir, num_steps, delay=0.0, environment=None, name="gan"):
     """A process that has yet to be told to go; its error stream can be read line by line."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "training")])
     common = {**os.environ, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(workdir), str(num_steps), str(delay)]
+    command = [sys.executable, __file__, str(workdir), str(num_steps), str(delay), name]
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     return subprocess.Popen(command, env={**common, **(environment or {})}, text=True, **pipes)
 
@@ -80,13 +89,13 @@ def assert_same(ours, theirs):
         np.testing.assert_array_equal(theirs[path], value, err_msg=path)
 
 
-def main(workdir, num_steps, delay):
+def main(workdir, num_steps, delay, name):
     import orbax.checkpoint  # noqa: F401  before the line comes, as all imports
 
     sys.stdin.readline()
     distributed.start("auto")
     mesh = sharding.make_mesh() if jax.process_count() > 1 else sharding.single_device()
-    outcome = train(experiment(workdir, num_steps, delay), workdir, mesh=mesh)
+    outcome = train(experiment(workdir, num_steps, delay, name), workdir, mesh=mesh)
     about = {"step": outcome.step, "stopped": outcome.stopped}
     (workdir / f"outcome_{jax.process_index()}.json").write_text(json.dumps(about))
     if outcome.stopped is None and jax.process_count() == 1:
@@ -95,4 +104,4 @@ def main(workdir, num_steps, delay):
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]))

@@ -13,13 +13,20 @@ import reliability_runs as runs
 from jaxdiff.training import goodput
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(2, 0), pytest.param(50, 1, marks=pytest.mark.slow)])
-def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path, capsys, kills, seed):
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "kills", "seed"),
+    [("gan", 2, 0), slow("gan", 50, 1), slow("consistency", 3, 2), slow("progressive", 3, 3)],
+)
+def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path, capsys, name, kills, seed):
     num_steps, began = 10 * kills + 10, time.monotonic()
-    whole = spawn(tmp_path / "whole", num_steps, delay=0.0)
+    whole = spawn(tmp_path / "whole", num_steps, delay=0.0, name=name)
     try:
         runs.go(whole)
-        caught = kill_and_resume(tmp_path / "killed", num_steps, kills, random.Random(seed))
+        caught = kill_and_resume(tmp_path / "killed", num_steps, kills, random.Random(seed), name)
         heard = whole.communicate(timeout=300)[1]
         assert whole.returncode == 0, heard
     finally:
@@ -35,24 +42,24 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path, capsys,
     assert sum(result.seconds.values()) == pytest.approx(result.wall, abs=0.1)
     with capsys.disabled():
         seconds = time.monotonic() - began
-        print(f"\n{kills} kills, {caught} of them in a save, {kills} restarts, 0 failures, {seconds:.0f} s")
+        print(f"\n{name}: {kills} kills, {caught} of them in a save, {kills} restarts, 0 failures, {seconds:.0f} s")
         print(result.line())
 
 
-def spawn(workdir, num_steps, delay):
+def spawn(workdir, num_steps, delay, name):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache")}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return runs.start(workdir, num_steps, delay, cache)
+    return runs.start(workdir, num_steps, delay, cache, name)
 
 
-def kill_and_resume(workdir, num_steps, kills, draw):
+def kill_and_resume(workdir, num_steps, kills, draw, name):
     """Runs to the end in spite of the kills; returns how many of them left a checkpoint half written."""
-    caught, lives = 0, [spawn(workdir, num_steps, delay=0.02)]
+    caught, lives = 0, [spawn(workdir, num_steps, 0.02, name)]
     try:
         for _ in range(kills):
             process = lives[-1]
             runs.go(process)
-            lives.append(spawn(workdir, num_steps, delay=0.02))
+            lives.append(spawn(workdir, num_steps, 0.02, name))
             steps = draw.randint(0, 8)
             heard = wait_for_steps(process, steps)
             time.sleep(draw.uniform(0.0, 0.2) if steps else draw.uniform(0.0, 1.0))

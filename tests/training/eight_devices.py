@@ -75,11 +75,15 @@ def points():
         yield {"x0": draw.normal(1.0, 1.0, (BATCH, 64)).astype(np.float32)}
 
 
-def source_of(name):
-    return points() if name == "gan" else Images()
-
-
+DISTILLED = {"consistency": toys.distillation, "progressive": functools.partial(toys.distillation, rounds=True)}
 METHODS = {name: functools.partial(unet_method, name) for name in UNETS} | {"gan": functools.partial(toys.gan, 2)}
+METHODS |= DISTILLED
+
+
+def source_of(name):
+    if name in DISTILLED:
+        return toys.Points(BATCH)
+    return points() if name == "gan" else Images()
 
 
 def mesh_of(sizes):
@@ -87,8 +91,8 @@ def mesh_of(sizes):
 
 
 def rules_of(name):
-    """Leaves that small are not split by default; those of the toy have 64 elements."""
-    return {"partition": UNET, "min_size": 16 if name == "gan" else 256}
+    """Leaves that small are not split by default; those of the toys have 16 to 256 elements."""
+    return {"partition": UNET, "min_size": 256 if name in UNETS else 16}
 
 
 @functools.cache
@@ -183,9 +187,19 @@ def test_there_are_eight_devices():
     assert jax.device_count() == 8
 
 
-# A UNet compiles for long on eight devices, so all but the two-player toy runs in `make test-full`.
+# A UNet compiles for long on eight devices, so all but the two-player toy runs in `make test-full`. Distillation is
+# on four devices in the default suite: `test_distillation.py`.
 CASES = [("gan", 1), ("gan", 2)]
-SLOW_CASES = [("attention", 1), ("conv", 1), ("deep", 1), ("adm", 1), ("transformer", 1), ("conv", 2)]
+SLOW_CASES = [
+    ("consistency", 1),
+    ("progressive", 2),
+    ("attention", 1),
+    ("conv", 1),
+    ("deep", 1),
+    ("adm", 1),
+    ("transformer", 1),
+    ("conv", 2),
+]
 
 
 @pytest.mark.parametrize("sizes", MESHES)

@@ -1,4 +1,6 @@
-"""Two tiny methods and an endless batch source: all that the tests of training/ train.
+"""Tiny methods and an endless batch source: all that the tests of training/ train.
+
+Two methods are written here, and two distil a small network, with a curriculum and with rounds.
 
 Run as a script it trains the first of them in a folder, for tests that send signals:
 `training_toys.py WORKDIR NUM_STEPS` or `training_toys.py WORKDIR NUM_STEPS slow`.
@@ -13,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxdiff import losses
 from jaxdiff.methods.base import Method, Objective
+from jaxdiff.methods.consistency import adaptive, consistency_distillation
+from jaxdiff.methods.progressive import progressive
+from jaxdiff.networks.base import as_network, init_params
+from jaxdiff.networks.layers import fourier_embedding
+from jaxdiff.networks.mlp import MLP
 from jaxdiff.training import ema
 from jaxdiff.training.experiment import Experiment
 
@@ -104,6 +112,25 @@ def gan(every=1, on_trace=lambda: None):
         return {"target": jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, aux["target"], params["model"])}
 
     return Method(init, (Objective("disc", disc_loss, every), Objective("model", model_loss)), generate, advance)
+
+
+def distillation(rounds=False):
+    """A student of a random network on points. N and mu of the consistency model change with nearly every step;
+    with rounds it is progressive distillation from 4 steps, which halves after steps 3 and 9.
+    """
+    mlp = MLP(features=16, num_blocks=1, time_features=fourier_embedding)
+    teacher_params = init_params(mlp, jax.random.key(7), jnp.zeros((1, 3)), jnp.zeros(1), {})
+
+    def network(params, x_t, t, cond, *, train=False, key=None):
+        del cond  # the points come with the target of the regression
+        return as_network(mlp)(params, x_t, t, {}, train=train, key=key)
+
+    if rounds:
+        return progressive(network, teacher_params=teacher_params, num_steps=4, round_length=3)
+    return consistency_distillation(
+        network, teacher_params=teacher_params, curriculum=adaptive(2, 8, 12, 0.9), distance=losses.pseudo_huber(),
+        sigma_data=1.0,
+    )  # fmt: skip
 
 
 def experiment(num_steps=6, *, data=Points, **changes):
