@@ -43,6 +43,14 @@ COMPILED_IN_FULL = (
     "lsun_edm",
     "lsun_progressive",
     "sd_lcm",
+    "digits_consistency_decoder",
+    "digits_continuous_consistency",
+    "digits_progressive",
+    "digits_lcm",
+    "digits_guided_distillation",
+    "digits_edm",
+    "digits_easy_consistency",
+    "digits_improved_consistency",
 )
 ON_FOUR_DEVICES = ("toy_ddpm", "toy_edm", pytest.param("digits_ddpm", marks=pytest.mark.slow))
 

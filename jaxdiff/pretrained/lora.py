@@ -90,6 +90,8 @@ def read_for(path: str | os.PathLike[str], network: Any, options: Mapping[str, A
     else:
         entries = diffusers_layout.unet_entries(network, bool(options.get("linear_projection", False)))
     alone = not any(_present(name).startswith(PREFIXES) for name in state)
+    if alone and not any(_present(name).endswith((PEFT_ALONE.down, PEFT_ALONE.up)) for name in state):
+        raise WeightsError(path, f"holds no LoRA, got names such as {sorted(state)[:2]}; give another file")
     for convention in [PEFT_ALONE] if alone else [KOHYA_TEXT, PEFT_TEXT] if text else [KOHYA_UNET, PEFT_UNET]:
         if found := part(state, convention):
             try:

@@ -185,7 +185,7 @@ BAD = {
     "no average": (["import", "diffusers-unet", "{model}", "{out}", "--ema"], "has no model_ema."),
     "base without lora": (["import", "auto", "{model}", "{out}", "--base", "x"], "--base is for import lora"),
     "lora without base": (["import", "lora", "{file}", "{out}"], "needs --base"),
-    "no lora in it": (["import", "lora", "{file}", "{out}", "--base", "{ours}"], "holds no LoRA of a UNet"),
+    "no lora in it": (["import", "lora", "{file}", "{out}", "--base", "{ours}"], "holds no LoRA, got names such as"),
     "the same file twice": (
         ["import", "diffusers-unet", "{file}", "{file}", "{out}"],
         "which the files before it hold",

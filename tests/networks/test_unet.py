@@ -281,7 +281,8 @@ def peer_unet_loss():
 def test_the_peers_network_has_their_parameters_and_flops():
     params, x, loss = peer_unet_loss()
     assert num_params(params) == 1_624_323
-    forward = count_flops(jax.make_jaxpr(loss)(params, x).jaxpr)
+    with portable():  # doubling and a convolution in one takes fewer products, on a CPU
+        forward = count_flops(jax.make_jaxpr(loss)(params, x).jaxpr)
     products_of_attention = 4 * 16 * 8 * 8 * (5 * 256**2 + 64**2)
     assert forward - products_of_attention == pytest.approx(12.0e9, rel=0.02)  # the peers' counter leaves them out
     first_layers = 2 * 16 * (32 * 32 * 27 * 32 + 32 * 128)
