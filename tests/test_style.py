@@ -77,7 +77,7 @@ def test_private_addresses_are_found(line):
 
 
 @pytest.mark.parametrize(
-    "line", ["net/work/unet", "https://arxiv.org/abs/2006.11239", "gs://bucket/ro" + "ot/run", "a/home"]
+    "line", ["net/wo" + "rk/unet", "https://arxiv.org/abs/2006.11239", "gs://bucket/ro" + "ot/run", "a/ho" + "me"]
 )
 def test_public_text_passes(line):
     assert private(line) == []
