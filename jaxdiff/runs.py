@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff.pretrained import folders
 from jaxdiff.settings import UsageError, build_experiment, call_build, first_line, hint, load_build, settings_of
 from jaxdiff.training import sharding
 from jaxdiff.training.checkpoint import CheckpointError, as_path, load_weights
@@ -173,7 +172,11 @@ def player_params(workdir: str | Path, *, player: str = "model", average: str | 
     Raises:
       UsageError: for a run that cannot be opened or has no checkpoint, an unknown player or average.
     """
-    experiment = open_run(workdir)
+    return params_of(open_run(workdir), workdir, player, average)
+
+
+def params_of(experiment: Experiment, workdir: str | Path, player: str, average: str | None) -> Params:
+    """`player_params` of a run that is open already."""
     params, _, _, _ = weights_of(experiment, workdir, average, sharding.make_mesh(devices=jax.local_devices()[:1]))
     if player not in params:
         raise UsageError(f"run {workdir} has no player {player!r}; {hint(player, params)}")
@@ -192,6 +195,8 @@ def teacher_params(path: str | Path) -> Params:
     Raises:
       UsageError: for a folder that is neither, or is damaged.
     """
+    from jaxdiff.pretrained import folders  # all networks, which few commands need
+
     folder = as_path(path)
     if (folder / RECORD).is_file():
         params = player_params(path)

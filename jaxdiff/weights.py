@@ -23,7 +23,7 @@ from jaxdiff import runs
 from jaxdiff.networks.base import num_params
 from jaxdiff.networks.lora import merge
 from jaxdiff.pretrained import catalog, files, folders, lora, plans
-from jaxdiff.pretrained.kinds import Deferred, Spec
+from jaxdiff.pretrained.kinds import Deferred, Spec, spec_of
 from jaxdiff.settings import UsageError, hint
 
 LORA = "lora"
@@ -103,7 +103,7 @@ def inspect(args: argparse.Namespace) -> int:
 def _source(args: argparse.Namespace, source: Path) -> tuple[Spec, Any]:
     """Network and parameters to export: of an imported folder, or of a player of a run."""
     chosen = _config(args.config)
-    given = None if chosen is None else plans.spec_for(catalog.KINDS[args.kind], chosen)
+    given = None if chosen is None else spec_of(catalog.KINDS[args.kind], chosen)
     if (source / folders.NETWORK).is_file():
         imported = folders.load(source)
         same = imported.kind == args.kind
@@ -112,8 +112,6 @@ def _source(args: argparse.Namespace, source: Path) -> tuple[Spec, Any]:
         inside = folders.parts_of(source)
         what = f"holds {', '.join(inside)}, name one of them" if inside else "is neither imported weights nor a run"
         raise UsageError(f"{source} {what}; expected a folder from jaxdiff import or jaxdiff train")
-    from jaxdiff.training import sharding
-
     experiment = runs.open_run(source, args.experiment)
     runs.average_name(experiment, args.average)
     if given is None and args.player not in experiment.networks:
@@ -122,10 +120,8 @@ def _source(args: argparse.Namespace, source: Path) -> tuple[Spec, Any]:
             f"experiment {experiment.name} names no network of player {args.player!r} (it names {named}); "
             "give --config with its configuration, or networks={player: module} in the experiment"
         )
-    params, _, _, _ = runs.weights_of(experiment, source, args.average, sharding.make_mesh())
-    if args.player not in params:
-        raise UsageError(f"experiment {experiment.name} has no player {args.player!r}; {hint(args.player, params)}")
-    return given or _as_kind(args.kind, Spec(experiment.networks[args.player])), params[args.player]
+    params = runs.params_of(experiment, source, args.player, args.average)
+    return given or _as_kind(args.kind, Spec(experiment.networks[args.player])), params
 
 
 def _as_kind(name: str, spec: Spec) -> Spec:

@@ -18,9 +18,9 @@ from flax import traverse_util
 
 from jaxdiff.pretrained import files, safetensors_file
 from jaxdiff.pretrained.catalog import BUNDLES, KINDS
-from jaxdiff.pretrained.kinds import Deferred, Spec, released
+from jaxdiff.pretrained.kinds import Deferred, Spec, released, spec_of
 from jaxdiff.pretrained.mapped import WeightsError
-from jaxdiff.pretrained.plans import MODEL_CONFIG, WEIGHT_FILES, Plan, plan_import, read_json, spec_for
+from jaxdiff.pretrained.plans import MODEL_CONFIG, WEIGHT_FILES, Plan, plan_import, read_json
 from jaxdiff.types import Params
 
 NETWORK = "network.json"
@@ -48,7 +48,7 @@ def write_import(plans: Sequence[Plan], folder: str | os.PathLike[str], progress
 
     Args:
       plans: from `plan_import`.
-      folder: must not be there, or be a folder of imported weights, which is replaced.
+      folder: must not be there, or be empty.
       progress: called with the bytes of each leaf that is written.
 
     Raises:
@@ -113,7 +113,7 @@ def read_record(folder: str | os.PathLike[str]) -> tuple[str, Spec]:
     kind, config = about.get("kind"), about.get("config")
     if kind not in KINDS or not isinstance(config, str | dict):
         raise WeightsError(path / NETWORK, "is damaged, expected a known kind and a configuration; import it again")
-    return kind, spec_for(KINDS[kind], config)
+    return kind, spec_of(KINDS[kind], config)
 
 
 def parts_of(folder: Path) -> list[str]:
@@ -186,15 +186,15 @@ def export_bundle(
 
 
 def check_target(target: Path) -> None:
-    """Refuses a folder to import into that holds anything else.
+    """Refuses a folder to import into that holds anything: nothing of a user's is ever replaced.
 
     Raises:
-      ValueError: it is a file, or a folder of other things.
+      ValueError: it is a file, or a folder that is not empty.
     """
     if target.is_dir() and not any(target.iterdir()):
         return
-    if target.exists() and not ((target / NETWORK).is_file() or parts_of(target)):
-        raise ValueError(f"{target} exists and holds no imported weights; choose another folder")
+    if target.exists():
+        raise ValueError(f"{target} exists and is not an empty folder; choose another")
 
 
 def _write_state(target: Path, arrays: Mapping[str, Deferred], progress: Progress) -> None:
@@ -237,7 +237,7 @@ def _beside(target: Path) -> Iterator[Path]:
     try:
         yield partial
         if target.exists():
-            shutil.rmtree(target)
+            target.rmdir()  # empty, or this fails
         partial.rename(target)
     finally:
         if partial.exists():

@@ -85,25 +85,21 @@ class Deferred(NamedTuple):
         return made if dtype is None else made.astype(dtype, copy=False)
 
 
-def spec_of(kind: Kind, name: str | None, config: Mapping[str, Any] | None) -> Spec:
+def spec_of(kind: Kind, config: str | Mapping[str, Any]) -> Spec:
     """The network of a published name or of a publisher's configuration.
 
     Raises:
       ValueError: there is no such name, or a setting is unknown, missing or not supported.
     """
-    if config is not None:
+    if not isinstance(config, str):
         if kind.parse is None:
             raise ValueError(f"{kind.about} has no configuration; choose one of {', '.join(kind.published)}")
         return kind.parse(config)
-    if name is None:
-        if len(kind.published) == 1:
-            return next(iter(kind.published.values()))()
-        raise ValueError(f"{kind.about} needs a configuration: a JSON file, or one of {', '.join(kind.published)}")
-    if name not in kind.published:
-        close = difflib.get_close_matches(name, kind.published, 1)
+    if config not in kind.published:
+        close = difflib.get_close_matches(config, kind.published, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"published are {', '.join(kind.published)}"
-        raise ValueError(f"there is no published configuration {name!r} of this kind; {hint}")
-    return kind.published[name]()
+        raise ValueError(f"there is no published configuration {config!r} of this kind; {hint}")
+    return kind.published[config]()
 
 
 def find(kind: Kind, state: State) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxdiff.pretrained import families, files
 from jaxdiff.pretrained.catalog import BUNDLES, KINDS
-from jaxdiff.pretrained.kinds import Deferred, Kind, Spec, State, below, find, spec_of, translated
+from jaxdiff.pretrained.kinds import Deferred, State, below, find, spec_of, translated
 from jaxdiff.pretrained.mapped import WeightsError
 
 AUTO = "auto"
@@ -103,11 +103,6 @@ def plan_import(
     raise problems[0]
 
 
-def spec_for(kind: Kind, config: str | Mapping[str, Any]) -> Spec:
-    """The network of a published name or of a publisher's configuration; raises as `kinds.spec_of`."""
-    return spec_of(kind, config, None) if isinstance(config, str) else spec_of(kind, None, config)
-
-
 def _read_all(paths: Sequence[str | os.PathLike[str]]) -> dict[str, np.ndarray]:
     state: dict[str, np.ndarray] = {}
     for path in paths:
@@ -136,7 +131,7 @@ def _plan_one(
     mine, passed_over = below(state, kind.roots if prefix is None else (prefix,))
     try:
         chosen = find(kind, mine) if config is None else config
-        spec = spec_for(kind, chosen)
+        spec = spec_of(kind, chosen)
         leaves = translated(kind, spec, mine, dtype)
     except WeightsError:
         raise

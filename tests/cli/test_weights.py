@@ -179,7 +179,7 @@ BAD = {
     ),
     "configuration is no file": (["import", "edm", "{file}", "{out}", "--config", "x.json"], "--config x.json is not"),
     "another family": (["import", "dit", "{file}", "{out}"], "as dit: no published configuration fits"),
-    "out is taken": (["import", "auto", "{model}", "{model}"], "holds no imported weights"),
+    "out is taken": (["import", "auto", "{model}", "{model}"], "exists and is not an empty folder"),
     "out has no parent": (["import", "auto", "{model}", "{out}/a/b"], "there is no folder"),
     "everything skipped": (["import", "auto", "{model}", "{out}", "--skip", ""], "nothing is left without the names"),
     "no average": (["import", "diffusers-unet", "{model}", "{out}", "--ema"], "has no model_ema."),
