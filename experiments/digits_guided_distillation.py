@@ -16,11 +16,11 @@ from jaxdiff import parameterization, runs, schedules
 from jaxdiff.data.images import digits
 from jaxdiff.data.pipeline import batches
 from jaxdiff.evaluation import Evaluation
-from jaxdiff.methods.guided_distillation import grown, guided_distillation
+from jaxdiff.methods.guided_distillation import guided_distillation
 from jaxdiff.methods.progressive import progressive, single, vp_path
 from jaxdiff.metrics.digits import digits_extractor
 from jaxdiff.networks import partition
-from jaxdiff.networks.base import as_network, init_params
+from jaxdiff.networks.base import as_network, grown, init_params
 from jaxdiff.networks.unet import UNet, example_inputs
 from jaxdiff.training import ema
 from jaxdiff.training.experiment import Experiment

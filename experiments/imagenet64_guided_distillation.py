@@ -25,11 +25,11 @@ from jaxdiff.data.augment import flip_horizontally
 from jaxdiff.data.named import in_memory, open_source
 from jaxdiff.data.pipeline import batches
 from jaxdiff.evaluation import Evaluation
-from jaxdiff.methods.guided_distillation import grown, guided_distillation
+from jaxdiff.methods.guided_distillation import guided_distillation
 from jaxdiff.methods.progressive import first_teacher, progressive, single
 from jaxdiff.metrics.pixels import pixel_extractor
 from jaxdiff.networks import partition
-from jaxdiff.networks.base import as_network, init_params
+from jaxdiff.networks.base import as_network, grown, init_params
 from jaxdiff.networks.unet import example_inputs
 from jaxdiff.networks.unet_presets import consistency_unet
 from jaxdiff.training import ema

@@ -20,10 +20,9 @@ import optax
 
 from jaxdiff import runs, schedules
 from jaxdiff.data.pipeline import batches
-from jaxdiff.methods.guided_distillation import grown
 from jaxdiff.methods.lcm import lcm
 from jaxdiff.networks import partition
-from jaxdiff.networks.base import as_network, init_params
+from jaxdiff.networks.base import as_network, grown, init_params
 from jaxdiff.networks.lora import EVERY_BLOCK, adapt, init_lora
 from jaxdiff.networks.unet import example_inputs
 from jaxdiff.networks.unet_presets import stable_diffusion_unet

@@ -111,6 +111,23 @@ def label_guided(
     return classifier_free(build_denoiser, cond, null_cond, guidance_scale)
 
 
+def with_guidance(
+    cond: Cond, guidance_scale: Scale | None, guidance_range: tuple[float, float], like: Float[Array, "b ..."]
+) -> Cond:
+    """cond with "guidance" [B], w = scale - 1, for a network that has learnt guidance as an input.
+
+    Args:
+      cond: arrays [B, ...].
+      guidance_scale: a scalar or [B]; None for the lowest of the range.
+      guidance_range: (low, high) of w in training.
+      like: gives batch size and dtype.
+
+    Source: Meng et al. 2023 (arXiv:2210.03142) section 3.1.
+    """
+    w = guidance_range[0] if guidance_scale is None else guidance_scale - 1
+    return cond | {"guidance": jnp.broadcast_to(jnp.asarray(w, like.dtype), like.shape[:1])}
+
+
 def drop_labels(key: Key, cond: Cond, share: float, null_label: int | None) -> Cond:
     """Replaces a random share of cond["label"] [B] by null_label: how a model learns to do without a condition.
 

@@ -193,6 +193,7 @@ def report(teacher: Path, planned: list[tuple[Row, int, Path]], out: Path, note:
     head = ["method", "calls", "Frechet", "over teacher at 50", "kernel", "accuracy", "nearest", "CPU s"]
     table = "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
     images = out.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
     _plot(curves, real["frechet"], images / "ladder.png")
     _grid(teacher, planned, images / "ladder_samples.png")
     _health(planned, images / "ladder_health.png")

@@ -8,6 +8,9 @@ data. Nothing here knows a network, a data set or a device.
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
+
 from jaxdiff.schedules import Schedule
 from jaxdiff.solvers.base import Solver
 from jaxdiff.types import Array, Cond, Key, Metrics, Params
@@ -50,6 +53,28 @@ class Sampling(NamedTuple):
     solver: Callable[[Schedule], Solver] | None = None
     times: Array | None = None
     guidance_scale: Array | None = None
+
+
+def read_batch(batch: Batch, method: str, needed: tuple[str, ...] = ("x0",)) -> tuple[Array, Cond]:
+    """x0 and, as conditioning, all other arrays of a batch.
+
+    Args:
+      batch: {"x0": [B, ...], further arrays [B, ...]}.
+      method: its name, for the message.
+      needed: names without which the method cannot train.
+
+    Raises:
+      ValueError: if one of them is missing.
+    """
+    for name in needed:
+        if name not in batch:
+            raise ValueError(f"{method}: a batch needs {name!r}, got keys {sorted(batch)}; rename it in the data")
+    return batch["x0"], {name: value for name, value in batch.items() if name != "x0"}
+
+
+def copied(tree: Params) -> Params:
+    """The same numbers in buffers of their own, as trees in aux need."""
+    return jax.tree.map(jnp.array, tree)
 
 
 def keep(aux: Aux, params: Players, step: Array, metrics: Metrics) -> Aux:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdiff import losses, parameterization, process, schedules, times, weighting
 from jaxdiff.denoiser import denoiser
-from jaxdiff.methods.base import Batch, Method, Objective, Sampling
+from jaxdiff.methods.base import Batch, Method, Objective, Sampling, copied, read_batch
 from jaxdiff.schedules import Schedule
 from jaxdiff.solvers.base import Solver, sample
 from jaxdiff.solvers.heun import heun
@@ -152,8 +152,8 @@ def consistency_distillation(
         return ode_step(step, teacher(aux["teacher"], cond), x_t, t, s)
 
     def init(key, batch):
-        student = init_params(key, batch) if init_params else _copy(teacher_params)
-        return {"model": student}, {"target": _copy(student), "teacher": _copy(teacher_params)}
+        student = init_params(key, batch) if init_params else copied(teacher_params)
+        return {"model": student}, {"target": copied(student), "teacher": copied(teacher_params)}
 
     curriculum = fixed(18, 0.0) if curriculum is None else curriculum
     function = _function(network, sigma_data, grid)
@@ -188,7 +188,7 @@ def consistency_training(
 
     def init(key, batch):
         student = init_params(key, batch)
-        return {"model": student}, {"target": _copy(student)}
+        return {"model": student}, {"target": copied(student)}
 
     function = _function(network, sigma_data, grid)
     return _discrete(function, grid, num_steps, init, next_point, curriculum, distance, weight)
@@ -233,12 +233,12 @@ def continuous_time_consistency(
     teacher = teacher or _teacher_of(network, sigma_data)
 
     def init(key, batch):
-        student = init_params(key, batch) if init_params else _copy(teacher_params)
-        return {"model": student}, {} if teacher_params is None else {"teacher": _copy(teacher_params)}
+        student = init_params(key, batch) if init_params else copied(teacher_params)
+        return {"model": student}, {} if teacher_params is None else {"teacher": copied(teacher_params)}
 
     def objective(params, aux, batch, key, step):
         del step
-        x0, cond = _read(batch)
+        x0, cond = read_batch(batch, "consistency")
         time_key, eps_key, network_key = jax.random.split(key, 3)
         t = times.karras_time(jax.random.uniform(time_key, x0.shape[:1], x0.dtype), 2, *grid)
         x_t = process.q_sample(x0, jax.random.normal(eps_key, x0.shape, x0.dtype), Level(jnp.ones_like(t), t))
@@ -333,7 +333,7 @@ def _discrete(function, grid: _Karras, num_steps, init, next_point, curriculum: 
     generate = _generate(function, grid, num_steps, curriculum.last_levels)
 
     def objective(params, aux, batch, key, step):
-        x0, cond = _read(batch)
+        x0, cond = read_batch(batch, "consistency")
         index_key, eps_key, network_key = jax.random.split(key, 3)
         num_levels = curriculum.num_levels(step)
         index = jax.random.randint(index_key, x0.shape[:1], 0, num_levels - 1).astype(x0.dtype)
@@ -387,13 +387,3 @@ def _constant(target_ema: float) -> Callable[[Array], Array]:
     if not 0 <= target_ema <= 1:
         raise ValueError(f"target_ema must lie in [0, 1], got {target_ema}; 0 makes the target the student")
     return lambda step: jnp.full(jnp.shape(step), target_ema, float)
-
-
-def _copy(tree: Params) -> Params:
-    return jax.tree.map(jnp.array, tree)
-
-
-def _read(batch: Batch) -> tuple[Array, Cond]:
-    if "x0" not in batch:
-        raise ValueError(f"consistency: a batch needs 'x0', got keys {sorted(batch)}; rename it in the data")
-    return batch["x0"], {name: value for name, value in batch.items() if name != "x0"}

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float64
 
 from jaxdiff import losses, parameterization, process, schedules
 from jaxdiff.denoiser import clip_x0, denoiser
-from jaxdiff.methods.base import Batch, Method, Objective, Sampling
+from jaxdiff.methods.base import Batch, Method, Objective, Sampling, copied, read_batch
 from jaxdiff.schedules import Schedule
 from jaxdiff.solvers.base import Solver, level_like, sample
 from jaxdiff.solvers.ddim import ddim
@@ -171,8 +171,8 @@ def consistency_decoder(
         return decoder_denoiser(network, params, schedule, cond, sigma_data=sigma_data, **training)
 
     def init(key, batch):
-        params = init_params(key, batch) if init_params else _copy(teacher_params)
-        return {"model": params}, {"teacher": _copy(teacher_params), "target": _copy(params)}
+        params = init_params(key, batch) if init_params else copied(teacher_params)
+        return {"model": params}, {"teacher": copied(teacher_params), "target": copied(params)}
 
     def objective(params, aux, batch, key, step):
         del step
@@ -216,18 +216,11 @@ def _generate(network, schedule, sigma_data, clip, num_times, num_levels, num_st
 
 def _noised(batch, key, schedule, num_times, num_levels):
     """x_t at indices drawn from those the network knows, the indices, cond and a key for the network."""
-    for name in ("x0", "latent"):
-        if name not in batch:
-            raise ValueError(f"consistency_decoder: a batch needs {name!r}, got keys {sorted(batch)}")
-    x0 = batch["x0"]
+    x0, cond = read_batch(batch, "consistency_decoder", ("x0", "latent"))
     time_key, eps_key, network_key = jax.random.split(key, 3)
     t = (num_times // num_levels) * jax.random.randint(time_key, x0.shape[:1], 1, num_levels).astype(x0.dtype)
     x_t = process.q_sample(x0, jax.random.normal(eps_key, x0.shape, x0.dtype), level_like(schedule, t, x0))
-    return x_t, t, {name: value for name, value in batch.items() if name != "x0"}, network_key
-
-
-def _copy(tree: Params) -> Params:
-    return jax.tree.map(jnp.array, tree)
+    return x_t, t, cond, network_key
 
 
 def _check(num_times, num_levels, num_steps):

@@ -19,9 +19,9 @@ from jaxtyping import Array, Float
 
 from jaxdiff import parameterization, process, schedules, times
 from jaxdiff.denoiser import denoiser
-from jaxdiff.guidance import check_label_dropout, drop_labels, guided, label_guided
+from jaxdiff.guidance import check_label_dropout, drop_labels, guided, label_guided, with_guidance
 from jaxdiff.losses import mse
-from jaxdiff.methods.base import Batch, Method, Objective, Sampling
+from jaxdiff.methods.base import Batch, Method, Objective, Sampling, copied, read_batch
 from jaxdiff.solvers.base import sample
 from jaxdiff.solvers.heun import heun
 from jaxdiff.solvers.stochastic_iterative import stochastic_iterative
@@ -269,8 +269,8 @@ def scm(
 
     def init(key, batch):
         weight = {"kernel": jnp.zeros(2 * NUM_FREQUENCIES), "bias": jnp.zeros(())}
-        student = init_params(key, batch) if init_params else _copy(teacher_params)
-        aux = {} if teacher is None else {"teacher": _copy(teacher_params)}
+        student = init_params(key, batch) if init_params else copied(teacher_params)
+        aux = {} if teacher is None else {"teacher": copied(teacher_params)}
         return {"model": {"network": student, "weight": weight}}, aux
 
     def objective(params, aux, batch, key, step):
@@ -296,8 +296,7 @@ def scm(
     def generate(params, aux, key, noise, cond, sampling: Sampling):
         del aux
         if guidance_range is not None:
-            w = guidance_range[0] if sampling.guidance_scale is None else sampling.guidance_scale - 1
-            cond = cond | {"guidance": jnp.broadcast_to(jnp.asarray(w, noise.dtype), noise.shape[:1])}
+            cond = with_guidance(cond, sampling.guidance_scale, guidance_range, noise)
         elif sampling.guidance_scale is not None:
             raise ValueError("scm: guidance_scale needs a student trained with guidance_range; leave it out")
         grid = sampling.times
@@ -328,20 +327,14 @@ def _schedule(sigma_data: float, sigma_max: float, log_std: float) -> schedules.
 
 def _noised(batch, key, schedule, sigma_data, log_mean, log_std):
     """u_t, t, du/dt of the data, cond and a key for the network."""
-    if "x0" not in batch:
-        raise ValueError(f"scm: a batch needs 'x0', got keys {sorted(batch)}; rename it in the data")
-    u0 = batch["x0"] / sigma_data
+    x0, cond = read_batch(batch, "scm")
+    u0 = x0 / sigma_data
     time_key, eps_key, network_key = jax.random.split(key, 3)
     tau = log_mean + log_std * jax.random.normal(time_key, u0.shape[:1], u0.dtype)
     t = jnp.arctan(jnp.exp(tau) / sigma_data)
     eps, level = jax.random.normal(eps_key, u0.shape, u0.dtype), schedule.level(t)
     velocity = parameterization.target(parameterization.v(), u0, eps, level)
-    cond = {name: value for name, value in batch.items() if name != "x0"}
     return process.q_sample(u0, eps, level), t, velocity, cond, network_key
-
-
-def _copy(tree: Params) -> Params:
-    return jax.tree.map(jnp.array, tree)
 
 
 def _check(init_params, teacher, teacher_params, guidance_range, null_cond, warmup_steps):

@@ -20,7 +20,7 @@ from jaxdiff import parameterization as parameterizations
 from jaxdiff import weighting as weightings
 from jaxdiff.denoiser import clip_x0, denoiser
 from jaxdiff.guidance import check_label_dropout, drop_labels, label_guided
-from jaxdiff.methods.base import Batch, Method, Objective, Sampling, keep
+from jaxdiff.methods.base import Batch, Method, Objective, Sampling, keep, read_batch
 from jaxdiff.parameterization import Affine, Parameterization
 from jaxdiff.schedules import Betas, Schedule, Tables
 from jaxdiff.solvers.ancestral import ancestral
@@ -239,7 +239,7 @@ def ddpm(
 
     def objective(params, aux, batch, key, step):
         del step
-        x0, cond = _split(batch, label_dropout)
+        x0, cond = read_batch(batch, "ddpm", ("x0", "label") if label_dropout else ("x0",))
         time_key, eps_key, label_key, network_key = jax.random.split(key, 4)
         if loss_history is None:
             t, importance = time_sampler(time_key, x0.shape[0]), None
@@ -287,13 +287,6 @@ def _level(tables: Tables, t: Array, dtype: Any) -> Level:
     return Level(
         jnp.asarray(tables.sqrt_alphas_cumprod, dtype)[t], jnp.asarray(tables.sqrt_one_minus_alphas_cumprod, dtype)[t]
     )
-
-
-def _split(batch: Batch, label_dropout: float) -> tuple[Array, Cond]:
-    for name in ("x0", "label") if label_dropout else ("x0",):
-        if name not in batch:
-            raise ValueError(f"ddpm: a batch needs {name!r}, got keys {sorted(batch)}; rename it in the data")
-    return batch["x0"], {"label": batch["label"]} if "label" in batch else {}
 
 
 def _check(loss, distance, time_sampler, loss_history, label_dropout, null_label):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxdiff import losses, parameterization, process, schedules, times
 from jaxdiff.denoiser import denoiser
-from jaxdiff.methods.base import Batch, Method, Objective, Sampling
+from jaxdiff.methods.base import Batch, Method, Objective, Sampling, read_batch
 from jaxdiff.solvers.base import sample
 from jaxdiff.solvers.stochastic_iterative import stochastic_iterative
 from jaxdiff.types import Denoiser, Key, Level, Network, Params, expand
@@ -132,9 +132,7 @@ def easy_consistency(
 
     def objective(params, aux, batch, key, step):
         del aux
-        if "x0" not in batch:
-            raise ValueError(f"ECT: a batch needs 'x0', got keys {sorted(batch)}; rename it in the data")
-        x0, cond = batch["x0"], {name: value for name, value in batch.items() if name != "x0"}
+        x0, cond = read_batch(batch, "ECT")
         time_key, eps_key, network_key = jax.random.split(key, 3)
         stage = jnp.asarray(step) // steps_per_stage
         t = time_sampler(time_key, x0.shape[0]).astype(x0.dtype)

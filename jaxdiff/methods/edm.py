@@ -17,7 +17,7 @@ from jaxdiff import process, schedules, times, weighting
 from jaxdiff.denoiser import denoiser
 from jaxdiff.guidance import check_label_dropout, drop_labels, label_guided
 from jaxdiff.losses import mean_flat
-from jaxdiff.methods.base import Batch, Method, Objective, Sampling
+from jaxdiff.methods.base import Batch, Method, Objective, Sampling, read_batch
 from jaxdiff.parameterization import Parameterization
 from jaxdiff.schedules import Schedule
 from jaxdiff.solvers.base import Solver, sample
@@ -121,10 +121,7 @@ def edm(
 
     def objective(params, aux, batch, key, step):
         del aux, step
-        for name in ("x0", "label") if label_dropout else ("x0",):
-            if name not in batch:
-                raise ValueError(f"edm: a batch needs {name!r}, got keys {sorted(batch)}; rename it in the data")
-        x0, cond = batch["x0"], {"label": batch["label"]} if "label" in batch else {}
+        x0, cond = read_batch(batch, "edm", ("x0", "label") if label_dropout else ("x0",))
         time_key, eps_key, label_key, network_key = jax.random.split(key, 4)
         cond = drop_labels(label_key, cond, label_dropout, null_label)
         t = time_sampler(time_key, x0.shape[0]).astype(x0.dtype)

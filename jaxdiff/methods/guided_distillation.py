@@ -17,42 +17,14 @@ import numpy as np
 from jaxdiff import parameterization as parameterizations
 from jaxdiff import process, schedules, times, weighting
 from jaxdiff.denoiser import clip_x0, denoiser
-from jaxdiff.guidance import classifier_free
+from jaxdiff.guidance import classifier_free, with_guidance
 from jaxdiff.losses import mse
-from jaxdiff.methods.base import Batch, Method, Objective, Sampling
+from jaxdiff.methods.base import Batch, Method, Objective, Sampling, read_batch
 from jaxdiff.parameterization import Parameterization
 from jaxdiff.schedules import Schedule
 from jaxdiff.solvers.base import Solver, level_like, sample
 from jaxdiff.solvers.ddim import ddim
 from jaxdiff.types import Cond, Key, Level, Network, Params
-
-
-def grown(params: Params, teacher_params: Params) -> Params:
-    """The student's start: the teacher's parameters, and `params` where the teacher has none (the layers that see w).
-
-    With those layers zero, as a UNet's `guidance_dim` starts, the student is the unguided teacher at first.
-
-    Args:
-      params: fresh parameters of the student.
-      teacher_params: of the teacher.
-
-    Raises:
-      ValueError: if the teacher has parameters that the student lacks, or of another shape.
-    """
-    known = dict(jax.tree_util.tree_leaves_with_path(teacher_params))
-
-    def pick(path, leaf):
-        old = known.pop(path, leaf)
-        if jnp.shape(old) != jnp.shape(leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(f"{name} is {jnp.shape(old)} in the teacher and {jnp.shape(leaf)} in the student")
-        return jnp.array(old)
-
-    student = jax.tree_util.tree_map_with_path(pick, params)
-    if known:
-        name = jax.tree_util.keystr(next(iter(known)), simple=True, separator="/")
-        raise ValueError(f"the student lacks {name!r} of the teacher; build it with all that the teacher has")
-    return student
 
 
 def stochastic(schedule: Schedule) -> Solver:
@@ -106,7 +78,7 @@ def guided_distillation(
       network: the student, (params, x_t, t, cond) -> [B, ...]; cond["guidance"] [B] is w.
       teacher: the teacher's network, which sees no w. Its output means the same as the student's.
       teacher_params: its parameters; a copy is held in aux["teacher"].
-      init_params: (key, batch) -> the student's parameters, see `grown`; None for a copy of the teacher's.
+      init_params: (key, batch) -> the student's parameters, as by `networks.base.grown`; None copies the teacher's.
       null_cond: cond -> the same without a condition, e.g. every label replaced by the null label.
       guidance_range: (low, high) of w = guidance_scale - 1, drawn uniformly: (0, 4) for pixels, about (2, 14) for
         latents of text to image.
@@ -140,11 +112,7 @@ def guided_distillation(
 
     def objective(params, aux, batch, key, step):
         del step
-        if "x0" not in batch:
-            raise ValueError(
-                f"guided_distillation: a batch needs 'x0', got keys {sorted(batch)}; rename it in the data"
-            )
-        x0, cond = batch["x0"], {name: value for name, value in batch.items() if name != "x0"}
+        x0, cond = read_batch(batch, "guided_distillation")
         time_key, eps_key, guidance_key, network_key = jax.random.split(key, 4)
         t = draw_t(time_key, x0.shape[0]).astype(x0.dtype)
         level = level_like(schedule, t, x0)
@@ -162,8 +130,7 @@ def guided_distillation(
 
     def generate(params, aux, key, noise, cond, sampling: Sampling):
         del aux
-        w = guidance_range[0] if sampling.guidance_scale is None else sampling.guidance_scale - 1
-        cond = cond | {"guidance": jnp.broadcast_to(jnp.asarray(w, noise.dtype), noise.shape[:1])}
+        cond = with_guidance(cond, sampling.guidance_scale, guidance_range, noise)
         denoise = denoiser(network, params["model"], schedule, meaning, cond)
         denoise = denoise if clip is None else clip_x0(denoise, clip)
         n = num_steps if sampling.num_steps is None else sampling.num_steps

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float64, Int
 
 from jaxdiff import losses, parameterization, process, schedules, times, weighting
 from jaxdiff.denoiser import denoiser
-from jaxdiff.methods.base import Batch, Method, Objective, Sampling
+from jaxdiff.methods.base import Batch, Method, Objective, Sampling, read_batch
 from jaxdiff.solvers.base import sample
 from jaxdiff.solvers.stochastic_iterative import stochastic_iterative
 from jaxdiff.types import Denoiser, Key, Level, Network, Params
@@ -146,9 +146,7 @@ def improved_consistency(
 
     def objective(params, aux, batch, key, step):
         del aux
-        if "x0" not in batch:
-            raise ValueError(f"iCT: a batch needs 'x0', got keys {sorted(batch)}; rename it in the data")
-        x0, cond = batch["x0"], {name: value for name, value in batch.items() if name != "x0"}
+        x0, cond = read_batch(batch, "iCT")
         index_key, eps_key, network_key = jax.random.split(key, 3)
         n = num_levels(step)
         index = log_normal_steps(

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Float64, Int
 from jaxdiff import losses, process, schedules
 from jaxdiff import parameterization as parameterizations
 from jaxdiff.denoiser import denoiser
-from jaxdiff.guidance import classifier_free
-from jaxdiff.methods.base import Batch, Method, Objective, Sampling, keep
+from jaxdiff.guidance import classifier_free, with_guidance
+from jaxdiff.methods.base import Batch, Method, Objective, Sampling, copied, keep, read_batch
 from jaxdiff.parameterization import Parameterization
 from jaxdiff.schedules import Betas
 from jaxdiff.solvers.base import level_like, sample
@@ -184,15 +184,13 @@ def lcm(
         return with_boundary(plain, sigma_data, time_scale)
 
     def init(key, batch):
-        params = init_params(key, batch) if init_params else _copy(teacher_params)
-        aux = {"teacher": _copy(teacher_params)}
-        return {"model": params}, aux if target_decay is None else aux | {"target": _copy(params)}
+        params = init_params(key, batch) if init_params else copied(teacher_params)
+        aux = {"teacher": copied(teacher_params)}
+        return {"model": params}, aux if target_decay is None else aux | {"target": copied(params)}
 
     def objective(params, aux, batch, key, step):
         del step
-        if "x0" not in batch:
-            raise ValueError(f"lcm: a batch needs 'x0', got keys {sorted(batch)}; rename it in the data")
-        x0, cond = batch["x0"], {name: value for name, value in batch.items() if name != "x0"}
+        x0, cond = read_batch(batch, "lcm")
         index_key, eps_key, guidance_key, network_key = jax.random.split(key, 4)
         draw = jax.random.randint(index_key, x0.shape[:1], 0, num_ddim_steps)
         t, s = skipping_indices(draw, len(betas), num_ddim_steps)
@@ -221,8 +219,7 @@ def lcm(
     def generate(params, aux, key, noise, cond, sampling: Sampling):
         scale = sampling.guidance_scale
         if guidance_input:
-            w = guidance_range[0] if scale is None else scale - 1
-            cond = cond | {"guidance": jnp.broadcast_to(jnp.asarray(w, noise.dtype), noise.shape[:1])}
+            cond = with_guidance(cond, scale, guidance_range, noise)
             denoise = function(params["model"], aux, cond)
         elif scale is None:
             denoise = function(params["model"], aux, cond)
@@ -247,7 +244,3 @@ def _check(betas, guidance_range, target_decay, num_ddim_steps, sigma_data):
         raise ValueError(f"lcm: num_ddim_steps must divide the chain of {len(betas)} steps, got {num_ddim_steps}")
     if not sigma_data > 0:
         raise ValueError(f"lcm: sigma_data must be positive, got {sigma_data}")
-
-
-def _copy(tree: Params) -> Params:
-    return jax.tree.map(jnp.array, tree)

@@ -20,9 +20,9 @@ from jaxtyping import Array, Bool, Int
 from jaxdiff import parameterization as parameterizations
 from jaxdiff import process, schedules, times, weighting
 from jaxdiff.denoiser import clip_x0, denoiser
-from jaxdiff.guidance import check_label_dropout, drop_labels, label_guided
+from jaxdiff.guidance import check_label_dropout, drop_labels, label_guided, with_guidance
 from jaxdiff.losses import mse
-from jaxdiff.methods.base import Batch, Method, Objective, Sampling, keep
+from jaxdiff.methods.base import Batch, Method, Objective, Sampling, copied, keep, read_batch
 from jaxdiff.parameterization import Parameterization, same_time
 from jaxdiff.schedules import Schedule
 from jaxdiff.solvers.base import integrate, level_like, sample
@@ -191,11 +191,11 @@ def progressive(
     path = vp_path() if path is None else path
 
     def init(key, batch):
-        params = init_params(key, batch) if init_params else _copy(teacher_params)
-        return {"model": params}, {"teacher": _copy(teacher_params)}
+        params = init_params(key, batch) if init_params else copied(teacher_params)
+        return {"model": params}, {"teacher": copied(teacher_params)}
 
     def objective(params, aux, batch, key, step):
-        x0, cond = _split(batch)
+        x0, cond = read_batch(batch, "progressive")
         time_key, eps_key, guidance_key, network_key = jax.random.split(key, 4)
         if guidance_range is not None:
             cond = cond | {"guidance": jax.random.uniform(guidance_key, x0.shape[:1], x0.dtype, *guidance_range)}
@@ -217,8 +217,7 @@ def progressive(
 
     def build(params, cond, scale, like):
         if guidance_range is not None:
-            w = guidance_range[0] if scale is None else scale - 1
-            cond = cond | {"guidance": jnp.broadcast_to(jnp.asarray(w, like.dtype), like.shape[:1])}
+            cond = with_guidance(cond, scale, guidance_range, like)
         elif scale is not None:
             raise ValueError("progressive: guidance_scale needs a student trained with guidance_range; leave it out")
         return head(network, params, path.schedule, cond)
@@ -258,7 +257,7 @@ def first_teacher(
 
     def objective(params, aux, batch, key, step):
         del aux, step
-        x0, cond = _split(batch)
+        x0, cond = read_batch(batch, "progressive")
         time_key, eps_key, label_key, network_key = jax.random.split(key, 4)
         cond = drop_labels(label_key, cond, label_dropout, null_label)
         t = path.time(jax.random.uniform(time_key, x0.shape[:1], x0.dtype))
@@ -297,16 +296,6 @@ def _generate(build, path, clip, num_steps):
         return (sample if path.to_clean else integrate)(solver, denoise, key, x, grid)
 
     return generate
-
-
-def _split(batch: Batch) -> tuple[Array, Cond]:
-    if "x0" not in batch:
-        raise ValueError(f"progressive: a batch needs 'x0', got keys {sorted(batch)}; rename it in the data")
-    return batch["x0"], {name: value for name, value in batch.items() if name != "x0"}
-
-
-def _copy(tree: Params) -> Params:
-    return jax.tree.map(jnp.array, tree)
 
 
 def _check(num_steps, round_length, teacher, guidance_range):

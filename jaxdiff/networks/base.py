@@ -104,6 +104,34 @@ def init_params(module: nn.Module, key: Key, *example_inputs: Any) -> Params:
     return traverse_util.unflatten_dict(drawn, sep="/")
 
 
+def grown(params: Params, teacher_params: Params) -> Params:
+    """The student's start: the teacher's parameters, and `params` where the teacher has none (the layers that see w).
+
+    With those layers zero, as a UNet's `guidance_dim` starts, the student is the unguided teacher at first.
+
+    Args:
+      params: fresh parameters of the student.
+      teacher_params: of the teacher.
+
+    Raises:
+      ValueError: if the teacher has parameters that the student lacks, or of another shape.
+    """
+    known = dict(jax.tree_util.tree_leaves_with_path(teacher_params))
+
+    def pick(path, leaf):
+        old = known.pop(path, leaf)
+        if jnp.shape(old) != jnp.shape(leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"{name} is {jnp.shape(old)} in the teacher and {jnp.shape(leaf)} in the student")
+        return jnp.array(old)
+
+    student = jax.tree_util.tree_map_with_path(pick, params)
+    if known:
+        name = jax.tree_util.keystr(next(iter(known)), simple=True, separator="/")
+        raise ValueError(f"the student lacks {name!r} of the teacher; build it with all that the teacher has")
+    return student
+
+
 def as_network(module: nn.Module, *, forward_mode: bool = False) -> Network:
     """The module's `apply` as a `Network`: (params, x_t, t, cond, *, train, key) -> [B, ...].
 

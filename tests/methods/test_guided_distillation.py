@@ -171,16 +171,6 @@ def test_a_stochastic_step_is_two_steps_ahead_and_one_back():
     assert np.asarray(two) == pytest.approx(np.asarray(again), abs=1e-6)
 
 
-def test_a_grown_student_starts_at_its_teacher():
-    old = {"in": {"kernel": jnp.ones((2, 3))}, "out": jnp.zeros(2)}
-    fresh = {"in": {"kernel": jnp.zeros((2, 3))}, "out": jnp.ones(2), "guidance": {"kernel": jnp.zeros((4, 3))}}
-    chex.assert_trees_all_equal(gd.grown(fresh, old), fresh | old)
-    with pytest.raises(ValueError, match="student lacks 'guidance/kernel' of the teacher"):
-        gd.grown(old, fresh)
-    with pytest.raises(ValueError, match=r"in/kernel is \(2, 3\) in the teacher and \(4,\) in the student"):
-        gd.grown(fresh | {"in": {"kernel": jnp.zeros(4)}}, old)
-
-
 def test_without_init_params_the_student_is_a_copy():
     given = {"a": jnp.ones(3)}
     params, aux = make(init_params=None, teacher_params=given).init(KEY, {})
