@@ -30,6 +30,7 @@ def build(
     teacher: str = "runs/ladder/teacher",
     distil: bool = True,
     num_levels: int = 8,
+    sigma_max: float = 20.0,
     target_ema: float = 0.95,
     huber: float = 0.1,
     num_steps: int = 3000,
@@ -71,6 +72,7 @@ def build(
             curriculum=fixed(num_levels, target_ema),
             distance=distance,
             sigma_data=SIGMA_DATA,
+            sigma_max=sigma_max,
         )
     else:
         curriculum = adaptive(num_levels, 8 * num_levels, num_steps, target_ema)
@@ -80,6 +82,7 @@ def build(
             curriculum=curriculum,
             distance=distance,
             sigma_data=SIGMA_DATA,
+            sigma_max=sigma_max,
         )
     rate = optax.warmup_cosine_decay_schedule(0.0, lr, min(100, num_steps // 4 + 1), max(num_steps, 2), lr / 20)
     return Experiment(

@@ -1,13 +1,14 @@
-"""Scalars per example: distances between two arrays, and the Gaussian likelihood terms of a diffusion chain.
+"""Scalars per example: distances between two arrays, Gaussian likelihood terms of a chain, and adversarial terms.
 
 Distances take [B, ...] and return [B], the mean over everything but the batch unless they say otherwise, at least in
-float32. Likelihood terms
-are in nats and elementwise, except `vlb_term`, which is in bits per dimension. Weights are in `weighting`; adversarial
-losses are not here.
+float32. Likelihood terms are in nats and elementwise, except `vlb_term`, which is in bits per dimension. Adversarial
+losses take logits, positive for "real", and are elementwise; penalties take the discriminator as a function of what it
+judges. Weights are in `weighting`.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax
@@ -18,6 +19,7 @@ from jaxdiff.process import Bridge, Variance, posterior_mean
 from jaxdiff.types import expand
 
 Distance = Callable[[Array, Array], Array]
+Logits = Callable[[Array], Array]
 SMALLEST_PROBABILITY = 1e-12
 
 
@@ -162,6 +164,94 @@ def vlb_term(
     divergence = gaussian_kl(posterior_mean(x0, x_t, between), true_log_variance, mean, log_variance)
     nll = discretized_gaussian_nll(x0, mean, 0.5 * log_variance)
     return jnp.where(to_data, mean_flat(nll), mean_flat(divergence)) / math.log(2.0)
+
+
+class Adversarial(NamedTuple):
+    """What the two players of a GAN minimise, elementwise on logits; positive means "real".
+
+    Attributes:
+      discriminator: (real, fake) -> losses in the shape of the logits.
+      generator: (real, fake) -> the same. Only a relativistic loss looks at `real`.
+    """
+
+    discriminator: Callable[[Array, Array], Array]
+    generator: Callable[[Array, Array], Array]
+
+
+def non_saturating() -> Adversarial:
+    """softplus(-real) + softplus(fake), and softplus(-fake). Source: Goodfellow et al. 2014 (arXiv:1406.2661)."""
+    return Adversarial(
+        lambda real, fake: jax.nn.softplus(-_wide(real)) + jax.nn.softplus(_wide(fake)),
+        lambda real, fake: jax.nn.softplus(-_wide(fake)),
+    )
+
+
+def hinge() -> Adversarial:
+    """relu(1 - real) + relu(1 + fake), and -fake. Source: Lim & Ye 2017 (arXiv:1705.02894)."""
+    return Adversarial(
+        lambda real, fake: jax.nn.relu(1 - _wide(real)) + jax.nn.relu(1 + _wide(fake)),
+        lambda real, fake: -_wide(fake),
+    )
+
+
+def clamped(margin: float = 0.5) -> Adversarial:
+    """`non_saturating` without a gradient where a logit is past the margin on its right side.
+
+    Args:
+      margin: >= 0; the discriminator's real logits are cut above it and its fake ones below its negative, the
+        generator's above it.
+
+    Source: the public code named after UFOGen; no paper.
+    """
+    if not margin >= 0:
+        raise ValueError(f"clamped: margin must be at least 0, got {margin}")
+    plain = non_saturating()
+    return Adversarial(
+        lambda real, fake: plain.discriminator(jnp.minimum(real, margin), jnp.maximum(fake, -margin)),
+        lambda real, fake: plain.generator(real, jnp.minimum(fake, margin)),
+    )
+
+
+def relativistic() -> Adversarial:
+    """softplus(fake - real) and softplus(real - fake), example by example. Source: Huang et al. 2025 (2501.05441)."""
+    return Adversarial(
+        lambda real, fake: jax.nn.softplus(_wide(fake) - _wide(real)),
+        lambda real, fake: jax.nn.softplus(_wide(real) - _wide(fake)),
+    )
+
+
+def r1(logits: Logits, x: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """|d sum(logits) / dx|^2 of each example, summed over everything but the batch; on fakes it is R2.
+
+    The sum couples examples where the discriminator does (a statistic of the batch), as in the releases. The usual
+    loss is gamma / 2 times the mean. Needs the second derivative of the discriminator.
+
+    Args:
+      logits: x -> [B], or several logits an example.
+      x: [B, ...], what is judged.
+
+    Source: Mescheder et al. 2018 (arXiv:1801.04406) eq. 9.
+    """
+    gradient = jax.grad(lambda x: _wide(logits(x)).sum())(x)
+    return jnp.square(_wide(gradient)).reshape(x.shape[0], -1).sum(axis=1)
+
+
+def approximated_r1(
+    logits: Logits, x: Float[Array, "b ..."], noise: Float[Array, "b ..."], sigma: float
+) -> Float[Array, " b"]:
+    """(logits(x) - logits(x + sigma noise))^2, which needs first derivatives only; on fakes it is approximated R2.
+
+    Over unit noise its mean is sigma^2 |gradient|^2 to first order. Several logits an example are averaged.
+
+    Args:
+      logits: x -> [B], or several logits an example.
+      x: [B, ...], what is judged.
+      noise: unit normal, in the shape of x.
+      sigma: > 0.
+
+    Source: Lin et al. 2025 (arXiv:2501.08316) eq. 4.
+    """
+    return mse(logits(x), logits(x + jnp.asarray(sigma, x.dtype) * noise))
 
 
 def _normal_cdf(x):

@@ -103,3 +103,47 @@ def test_refusals():
         losses.resized(losses.mse, (0, 4))
     with pytest.raises(ValueError, match=r"images are \[B, H, W, C\], got shape \(3, 4\)"):
         losses.resized(losses.mse, (2, 2))(A[:, 0, :, 0], B[:, 0, :, 0])
+
+
+LOSSES = {"non_saturating": losses.non_saturating, "hinge": losses.hinge, "clamped": losses.clamped}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_adversarial_loss_pushes_logits_apart_and_the_generator_the_fake_one_up(name):
+    loss, real, fake = LOSSES[name](), jnp.asarray([0.3, -0.2]), jnp.asarray([-0.1, 0.4])
+    to_real, to_fake = jax.grad(lambda r, f: loss.discriminator(r, f).sum(), (0, 1))(real, fake)
+    assert (to_real < 0).all() and (to_fake > 0).all()
+    ignored, up = jax.grad(lambda r, f: loss.generator(r, f).sum(), (0, 1))(real, fake)
+    assert (ignored == 0).all() and (up < 0).all()
+
+
+def test_adversarial_losses_at_chance_and_at_extreme_logits():
+    zero, far = jnp.zeros(1), jnp.asarray([80.0, -80.0])
+    assert losses.non_saturating().discriminator(zero, zero)[0] == pytest.approx(2 * np.log(2), rel=1e-6)
+    assert np.asarray(losses.non_saturating().generator(far, far)) == pytest.approx([0.0, 80.0], abs=1e-5)
+    assert np.asarray(losses.relativistic().discriminator(far, far)) == pytest.approx([np.log(2)] * 2, rel=1e-6)
+    assert np.asarray(losses.hinge().discriminator(far, -far)) == pytest.approx([0.0, 162.0])
+
+
+def test_a_clamped_loss_has_no_gradient_past_its_margin():
+    loss = losses.clamped(0.5)
+    real, fake = jnp.asarray([0.6, 0.4]), jnp.asarray([-0.6, -0.4])
+    to_real, to_fake = jax.grad(lambda r, f: loss.discriminator(r, f).sum(), (0, 1))(real, fake)
+    assert (to_real[0], to_fake[0]) == (0, 0) and to_real[1] < 0 < to_fake[1]
+    with pytest.raises(ValueError, match="margin must be at least 0, got -1"):
+        losses.clamped(-1.0)
+
+
+def test_r1_is_the_squared_gradient_and_its_approximation_has_that_mean():
+    w = jax.random.normal(jax.random.key(0), (3, 4))
+    x = jax.random.normal(jax.random.key(1), (5, 3, 4))
+
+    def linear(x):
+        return (w[None] * x).sum((1, 2))
+
+    squared = float((w**2).sum())
+    assert np.asarray(losses.r1(linear, x)) == pytest.approx(np.full(5, squared), rel=1e-5)
+    many = jnp.zeros((20_000, 3, 4))
+    noise = jax.random.normal(jax.random.key(2), many.shape)
+    mean = float(losses.approximated_r1(linear, many, noise, 0.1).mean())
+    assert mean == pytest.approx(0.01 * squared, rel=0.03)  # the mean of 20,000 chi-squares moves by 1 %

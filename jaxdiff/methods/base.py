@@ -77,6 +77,32 @@ def copied(tree: Params) -> Params:
     return jax.tree.map(jnp.array, tree)
 
 
+def lazily(step: Array, every: int, term: Callable[[], Array]) -> Array:
+    """A term of a loss on every `every`-th step, from step 0 on, and 0 between: a lazy regulariser.
+
+    It is part of one update, unlike an objective with `every`. On a CPU it is computed and thrown away, since
+    convolutions are slow in a branch (see `training.step`).
+
+    Args:
+      step: of training, traced.
+      every: >= 1.
+      term: () -> scalar.
+
+    Raises:
+      ValueError: if every is below 1.
+    """
+    if every < 1:
+        raise ValueError(f"a term is added every n-th step, n at least 1, got {every}")
+    if every == 1:
+        return term()
+    now = step % every == 0
+    if jax.default_backend() == "cpu":
+        value = term()
+        return jnp.where(now, value, jnp.zeros_like(value))
+    like = jax.eval_shape(term)
+    return jax.lax.cond(now, term, lambda: jnp.zeros(like.shape, like.dtype))
+
+
 def keep(aux: Aux, params: Players, step: Array, metrics: Metrics) -> Aux:
     """The `advance` of a method without anything to move."""
     del params, step, metrics
