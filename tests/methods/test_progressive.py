@@ -89,6 +89,21 @@ def test_a_point_is_its_own_target(name):
     assert np.asarray(taught.target) == pytest.approx(np.asarray(point), abs=1e-6)
 
 
+@pytest.mark.parametrize("shrink", [0.2, 0.9])
+def test_an_exact_ddim_map_is_a_fixed_point(shrink):
+    """A teacher whose x0 stays the same along its straight path teaches what it says itself."""
+    path, top = PATHS["sigma"], 10.0
+
+    def straight(x, t):
+        sigma = path.schedule.level(t).sigma[:, None]
+        return Denoised(shrink * x / (shrink + sigma * (1 - shrink) / top))
+
+    t, middle, s = times_of(path, 4, [0, 1, 3])
+    x_t = jax.random.normal(KEY, (3, 1)) * path.schedule.level(t).sigma[:, None]
+    taught = pd.teach(straight, path.schedule, x_t, t, middle, s, jnp.zeros(3, bool))
+    assert np.asarray(taught.target) == pytest.approx(np.asarray(straight(x_t, t).x0), rel=1e-4)
+
+
 def test_the_last_target_is_the_teacher_s_last_prediction():
     path = PATHS["cosine"]
     t, middle, s = times_of(path, 4, [0, 0])
