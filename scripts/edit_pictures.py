@@ -30,7 +30,7 @@ TASKS = (
 
 def main() -> int:
     """Writes the inputs, edits, and stacks the strips."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "editing.png")
     args = parser.parse_args()

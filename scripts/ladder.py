@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ TEACHER = "digits_edm.py"
 CALLS = (1, 2, 4)
 TEACHER_CALLS = (50, 4, 2, 1)
 NUM = 1536
-METRICS = ("frechet", "kernel", "accuracy", "nearest")
+METRICS = ("frechet", "kernel", "accuracy", "nearest", "recall")
 GRID = 10
 
 
@@ -35,8 +36,8 @@ class Row(NamedTuple):
       label: in the table.
       file: its experiment.
       settings: of the experiment.
-      calls: of the network, at which it is judged.
-      first: settings of a stage before, whose run takes the teacher's place; None for one stage.
+      calls: of the network, at which it is judged; none for a stage that only leads to another row.
+      before: name of the row whose run of the same seed takes the teacher's place.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Row(NamedTuple):
     file: str
     settings: dict[str, Any] = {}
     calls: tuple[int, ...] = CALLS
-    first: dict[str, Any] | None = None
+    before: str = ""
 
 
 ROWS = (
@@ -55,14 +56,15 @@ ROWS = (
     Row("scd", "continuous-time distillation (sCD)", "digits_continuous_consistency.py"),
     Row("sct", "continuous-time training (sCT)", "digits_continuous_consistency.py", {"distil": False}),
     Row("pd", "progressive distillation", "digits_progressive.py", calls=(1,)),
-    Row("guided", "guided distillation", "digits_guided_distillation.py", calls=(1,), first={"first": True}),
+    Row("guided-first", "", "digits_guided_distillation.py", {"first": True}, calls=()),
+    Row("guided", "guided distillation", "digits_guided_distillation.py", calls=(1,), before="guided-first"),
     Row("lcm", "latent consistency distillation, on pixels", "digits_lcm.py"),
 )
 
 
 def main() -> int:
     """Trains, judges, writes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ladder", help="folder of all runs")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="names of rows, comma-separated")
@@ -81,20 +83,20 @@ def main() -> int:
     planned = [(row, seed, args.runs / f"{row.name}-{seed}") for seed in seeds for row in rows]
     if not args.no_train:
         train(teacher, EXPERIMENTS / TEACHER, {})
+        locks = {f"{row.name}-{seed}": threading.Lock() for seed in seeds for row in ROWS}
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda p: train_row(p[0], p[1], p[2], teacher), planned))
-    report(teacher, planned, args.out, args.note)
+            list(pool.map(lambda p: train_row(p[0], p[1], args.runs, locks), planned))
+    report(teacher, [run for run in planned if run[0].calls], args.out, args.note)
     return 0
 
 
-def train_row(row: Row, seed: int, folder: Path, teacher: Path) -> None:
-    """Trains the run of a row, and the one before it where there are two stages."""
-    file = EXPERIMENTS / row.file
-    if row.first is not None:
-        before = folder.with_name(f"{folder.name}-first")
-        train(before, file, {"teacher": teacher, "seed": seed, **row.settings, **row.first})
-        teacher = before
-    train(folder, file, {"teacher": teacher, "seed": seed, **row.settings})
+def train_row(row: Row, seed: int, folder: Path, locks: dict[str, threading.Lock]) -> Path:
+    """Trains the run of a row, after the one it starts from; returns its folder."""
+    run = folder / f"{row.name}-{seed}"
+    teacher = train_row(_row_of(row.before), seed, folder, locks) if row.before else folder / "teacher"
+    with locks[run.name]:  # two rows may start from one
+        train(run, EXPERIMENTS / row.file, {"teacher": teacher, "seed": seed, **row.settings})
+    return run
 
 
 def train(folder: Path, file: Path, values: dict[str, Any]) -> None:
@@ -138,7 +140,7 @@ def judge(folder: Path, calls: tuple[int, ...], solver: str | None) -> dict[str,
 
     kept = folder.with_suffix(".judged.json")
     found = json.loads(kept.read_text()) if kept.is_file() else {}
-    if all(str(n) in found for n in calls):
+    if all(set(METRICS) <= set(found.get(str(n), {})) for n in calls):
         return found
     experiment, mesh = runs.open_run(folder), sharding.make_mesh(devices=jax.local_devices()[:1])
     params, aux, _, _ = runs.weights_of(experiment, folder, None, mesh)
@@ -184,13 +186,13 @@ def report(teacher: Path, planned: list[tuple[Row, int, Path]], out: Path, note:
         if not done:
             continue
         judged = [judge(folder, row.calls, None) for folder in done]
-        costs = [_cost(folder) for folder in done]
+        costs = [_cost(row, folder) for folder in done]
         for n in row.calls:
             seconds = f"{statistics.median(costs):.0f}"
             lines.append(_row(row.label, n, [j[str(n)] for j in judged], scale, seconds))
         curves[row.label] = {n: statistics.median(j[str(n)]["frechet"] for j in judged) for n in row.calls}
     seeds = sorted({seed for _, seed, _ in planned})
-    head = ["method", "calls", "Frechet", "over teacher at 50", "kernel", "accuracy", "nearest", "CPU s"]
+    head = ["method", "calls", "Frechet", "over teacher at 50", "kernel", "accuracy", "nearest", "recall", "CPU s"]
     table = "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
     images = out.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -208,10 +210,17 @@ def _done(folder: Path) -> bool:
     return record.is_file() and json.loads(record.read_text())["done"]
 
 
-def _cost(folder: Path) -> float:
-    """CPU seconds of a run and of the stage before it."""
-    records = [run.with_suffix(".cost.json") for run in (folder, folder.with_name(f"{folder.name}-first"))]
-    return sum(json.loads(record.read_text())["cpu_s"] for record in records if record.is_file())
+def _row_of(name: str) -> Row:
+    return next(row for row in ROWS if row.name == name)
+
+
+def _cost(row: Row, folder: Path) -> float:
+    """CPU seconds of a run and of those it starts from."""
+    own = json.loads(folder.with_suffix(".cost.json").read_text())["cpu_s"]
+    if not row.before:
+        return own
+    seed = folder.name.removeprefix(f"{row.name}-")
+    return own + _cost(_row_of(row.before), folder.with_name(f"{row.before}-{seed}"))
 
 
 def _row(label: str, calls: Any, judged: list[dict[str, float]], scale: float, seconds: str) -> str:
@@ -222,7 +231,7 @@ def _row(label: str, calls: Any, judged: list[dict[str, float]], scale: float, s
 
     ratio = statistics.median(j["frechet"] for j in judged) / scale
     cells = [label, calls, cell("frechet", 3), f"{ratio:.2f}", cell("kernel", 4), cell("accuracy", 3)]
-    return f"| {' | '.join(map(str, [*cells, cell('nearest', 3), seconds]))} |"
+    return f"| {' | '.join(map(str, [*cells, cell('nearest', 3), cell('recall', 3), seconds]))} |"
 
 
 def _plot(curves: dict[str, dict[int, float]], real: float, path: Path) -> None:
@@ -289,9 +298,10 @@ an experiment of `experiments/digits_*.py`.
 {table}
 
 Frechet distance to the 360 held-out images with the classifier's features, n = {num} samples in equal classes; kernel
-distance, classifier accuracy and distance to the nearest training image beside it, since each of them alone misleads.
+distance, classifier accuracy, distance to the nearest training image and recall (k = 3) beside it, since each of them
+alone misleads.
 The first row is what real training images score. {spread}; the teacher is one.
-CPU seconds are of one training process, compilation included.
+CPU seconds are of one training process, compilation included; a row that starts from another counts that one's, too.
 {note}
 ![quality against calls](images/ladder.png)
 
