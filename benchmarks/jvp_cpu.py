@@ -127,8 +127,7 @@ def tables(raw: dict[str, Any]) -> list[report.Table]:
             ["", *PASSES, last, "largest difference"],
             flops,
             "Convolutions and matrix products. A product of two activations, as in attention, has three in the pass "
-            "with the derivative, and a pass that can be derived doubles an image before a convolution instead of "
-            "making four smaller ones of it. The difference is of the outputs of the three passes.",
+            "with the derivative. The difference is of the outputs of the three passes.",
         ),
         report.comparison("First call: CPU seconds", {n: f["first"] for n, f in raw.items()}, PASSES, "cpu"),
     ]

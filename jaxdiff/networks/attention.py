@@ -50,9 +50,14 @@ def portable() -> Iterator[None]:
         yield
 
 
+def only_cpu() -> bool:
+    """Whether what is being traced may use forms that are fast on a CPU and perhaps slow elsewhere."""
+    return jax.default_backend() == "cpu" and not _PORTABLE.value
+
+
 def only_reverse_mode() -> bool:
     """Whether what is being traced may use backward passes that hold on a CPU and in reverse mode alone."""
-    return jax.default_backend() == "cpu" and not (_FORWARD_MODE.value or _PORTABLE.value)
+    return only_cpu() and not _FORWARD_MODE.value
 
 
 def attention(

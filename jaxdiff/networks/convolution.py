@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxdiff.networks.attention import only_reverse_mode
+from jaxdiff.networks.attention import only_cpu, only_reverse_mode
 
 # Multiply-adds at one offset of the kernel from which on the products are faster.
 MANY_PRODUCTS = 2**23
@@ -61,12 +61,13 @@ def convolve_doubled(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]
     (b, h, w, i), o = x.shape, kernel.shape[-1]
     few = h * w < FEW_PIXELS or 4 * b * h * w * i * o < MANY_PRODUCTS
     # Sums of kernel entries would round once more in half precision.
-    if few or not only_reverse_mode() or x.dtype not in (jnp.float32, jnp.float64):
+    if few or not only_cpu() or x.dtype not in (jnp.float32, jnp.float64):
         return convolve(x.repeat(2, 1).repeat(2, 2), kernel)
+    convolve_small = _parity if only_reverse_mode() else _parity_library
     out = jnp.zeros((b, h, 2, w, 2, o), x.dtype)
     for row, over_rows in enumerate(_halved(kernel)):
         for column, small in enumerate(_halved(over_rows.swapaxes(0, 1))):
-            part = _parity(x, small.swapaxes(0, 1), row, column).reshape(b, h, 1, w, 1, o)
+            part = convolve_small(x, small.swapaxes(0, 1), row, column).reshape(b, h, 1, w, 1, o)
             # Writing in place compiles faster than stacking.
             out = lax.dynamic_update_slice(out, part, (0, 0, row, 0, column, 0))
     return out.reshape(b, 2 * h, 2 * w, o)
@@ -77,14 +78,14 @@ def _halved(kernel: Array) -> tuple[Array, Array]:
     return jnp.stack([kernel[0], kernel[1] + kernel[2]]), jnp.stack([kernel[0] + kernel[1], kernel[2]])
 
 
-_with_static: Any = functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-
-
-@_with_static
-def _parity(x: Array, kernel: Array, row: int, column: int) -> Array:
+def _parity_library(x: Array, kernel: Array, row: int, column: int) -> Array:
     """Convolution by a 2 x 2 kernel that begins at the pixel before (0) or at the pixel itself (1)."""
     pads = ((1 - row, row), (1 - column, column))
     return lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+_with_static: Any = functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+_parity = _with_static(_parity_library)
 
 
 def _parity_forward(x: Array, kernel: Array, row: int, column: int) -> tuple[Array, tuple[Array, Array]]:

@@ -1,4 +1,4 @@
-"""The convolution's own weight gradient against the library's, in every mode of differentiation, and over devices."""
+"""The convolutions' own forms against the library's, in every mode of differentiation, and over devices."""
 
 import re
 
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxdiff.flops import count_flops
 from jaxdiff.networks import convolution
 from jaxdiff.networks.attention import forward_mode, portable
-from jaxdiff.networks.convolution import convolve
+from jaxdiff.networks.convolution import convolve, convolve_doubled
 
 # b, h, w, i, o, k: more outputs, more inputs, 1x1, kernels wider than the image
 SHAPES = [(2, 5, 7, 3, 4, 3), (2, 6, 5, 5, 3, 3), (2, 4, 4, 3, 5, 1), (1, 2, 3, 2, 3, 5), (3, 1, 1, 4, 4, 3)]
@@ -88,6 +89,50 @@ def test_forward_mode_needs_its_context(by_products):
     with forward_mode():
         out, slope = jax.jvp(convolve, a, a)
     np.testing.assert_allclose(slope, 2 * out, atol=1e-4)  # bilinear: along (x, k) itself the slope is twice the value
+
+
+def doubled_by_the_library(x, kernel):
+    return library(x.repeat(2, 1).repeat(2, 2), kernel)
+
+
+@pytest.fixture
+def four_small(monkeypatch, by_products):
+    """Sends small images that are doubled down the path of large ones."""
+    monkeypatch.setattr(convolution, "FEW_PIXELS", 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_the_derivative_of_a_doubled_convolution_and_its_gradient_are_the_librarys(four_small, dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        a = operands(2, 5, 7, 3, 4, 3, dtype)
+        tangents = jax.tree.map(jnp.cos, a)
+
+        def slope_and_gradient(form):
+            def total(*a):
+                out = jax.jvp(form, a, tangents)
+                return sum(jnp.sum(jnp.sin(part)) for part in out), out
+
+            return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(*a)
+
+        with forward_mode():
+            ours = slope_and_gradient(convolve_doubled)
+        close(ours, slope_and_gradient(doubled_by_the_library), atol=5e-5 if dtype == jnp.float32 else 1e-12)
+        np.testing.assert_array_equal(ours[1][0], jax.jit(convolve_doubled)(*a))
+
+
+def test_the_derivative_of_a_doubled_convolution_costs_two_of_the_plain_pass(four_small):
+    x, kernel = operands(1, 8, 8, 3, 4, 3)
+
+    def flops(function):
+        return count_flops(jax.make_jaxpr(function)(x).jaxpr, padding=True)
+
+    def slope(form):
+        return flops(lambda x: jax.jvp(lambda x: form(x, kernel), (x,), (x,)))
+
+    plain = flops(lambda x: convolve_doubled(x, kernel))
+    with forward_mode():
+        assert slope(convolve_doubled) == 2 * plain
+    assert slope(doubled_by_the_library) == 2 * plain * 9 / 4
 
 
 def test_only_large_convolutions_of_stride_one_have_their_own_gradient(by_products, monkeypatch):
