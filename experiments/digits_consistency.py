@@ -30,12 +30,13 @@ def build(
     teacher: str = "runs/ladder/teacher",
     distil: bool = True,
     num_levels: int = 8,
+    end_levels: int = 160,
     sigma_max: float = 20.0,
     target_ema: float = 0.95,
     huber: float = 0.1,
     num_steps: int = 3000,
     batch_size: int = 64,
-    lr: float = 5e-4,
+    lr: float = 1e-3,
     width: int = 16,
     ema_decay: float = 0.995,
     seed: int = 0,
@@ -44,8 +45,8 @@ def build(
     sample_every: int = 1000,
     smoke: bool = False,
 ) -> Experiment:
-    """Settings: distil False asks the data instead of the teacher, with N growing to num_levels times 8; teacher is the
-    run of digits_edm.py; huber is the c of the distance.
+    """Settings: distil False asks the data instead of the teacher, with N growing from num_levels to end_levels; teacher
+    is the run of digits_edm.py; huber is the c of the distance.
     """
     if smoke:
         num_steps, batch_size, width, checkpoint_every, sample_every = 4, 8, 8, 2, 4
@@ -75,7 +76,7 @@ def build(
             sigma_max=sigma_max,
         )
     else:
-        curriculum = adaptive(num_levels, 8 * num_levels, num_steps, target_ema)
+        curriculum = adaptive(num_levels, end_levels, num_steps, target_ema)
         method = consistency_training(
             as_network(unet),
             init_params=lambda key, batch: jax.tree.map(jnp.array, teacher_params),

@@ -30,7 +30,7 @@ def build(
     distil: bool = True,
     log_mean: float = -0.8,
     log_std: float = 1.6,
-    num_steps: int = 4000,
+    num_steps: int = 3500,
     batch_size: int = 64,
     lr: float = 5e-4,
     width: int = 16,

@@ -2,7 +2,7 @@
 
 Paper: Meng et al. 2023 (arXiv:2210.03142). Stage one matches the guided teacher at every w; stage two is progressive
 distillation of that student down to one step.
-Command: jaxdiff train experiments/digits_guided_distillation.py --workdir runs/ladder/guided-0-first --set first=True
+Command: jaxdiff train experiments/digits_guided_distillation.py --workdir runs/ladder/guided-0-first --set first=True --set num_steps=1200
 then:    jaxdiff train experiments/digits_guided_distillation.py --workdir runs/ladder/guided-0
              --set teacher=runs/ladder/guided-0-first
 Expected: docs/ladder.md has the figures of three seeds.
@@ -34,7 +34,7 @@ def build(
     first: bool = False,
     max_guidance: float = 2.0,
     first_steps: int = 32,
-    num_steps: int = 4000,
+    num_steps: int = 2600,
     batch_size: int = 64,
     lr: float = 1e-3,
     width: int = 16,

@@ -28,7 +28,7 @@ def build(
     *,
     teacher: str = "runs/ladder/teacher",
     first_steps: int = 32,
-    num_steps: int = 4000,
+    num_steps: int = 3600,
     batch_size: int = 64,
     lr: float = 1e-3,
     width: int = 16,
