@@ -2,9 +2,10 @@
 
 Paper: Meng et al. 2023 (arXiv:2210.03142). Stage one matches the guided teacher at every w; stage two is progressive
 distillation of that student down to one step.
-Command: jaxdiff train experiments/digits_guided_distillation.py --workdir runs/ladder/guided-0-first --set first=True --set num_steps=1200
+Command: jaxdiff train experiments/digits_guided_distillation.py --workdir runs/ladder/guided-first-0
+             --set first=True --set num_steps=1200 (needs digits_edm.py's run first)
 then:    jaxdiff train experiments/digits_guided_distillation.py --workdir runs/ladder/guided-0
-             --set teacher=runs/ladder/guided-0-first
+             --set teacher=runs/ladder/guided-first-0
 Expected: docs/ladder.md has the figures of three seeds.
 """
 
