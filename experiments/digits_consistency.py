@@ -45,8 +45,8 @@ def build(
     sample_every: int = 1000,
     smoke: bool = False,
 ) -> Experiment:
-    """Settings: distil False asks the data instead of the teacher, with N growing from num_levels to end_levels; teacher
-    is the run of digits_edm.py; huber is the c of the distance.
+    """Settings: distil False asks the data instead of the teacher, with N growing from num_levels to end_levels;
+    teacher is the run of digits_edm.py; huber is the c of the distance.
     """
     if smoke:
         num_steps, batch_size, width, checkpoint_every, sample_every = 4, 8, 8, 2, 4
