@@ -110,6 +110,28 @@ def cosine_betas(num_steps: int, offset: float = 0.008, max_beta: float = 0.999)
     return checked(np.clip(1 - cumulative[1:] / cumulative[:-1], 0, max_beta), "cosine_betas")
 
 
+def vp_betas(num_steps: int, beta_min: float = 0.1, beta_max: float = 20.0, *, t_min: float = 1e-3) -> Betas:
+    """The chain of a few big steps along `vp_linear`: equal steps of its time from t_min to 1.
+
+    The level at t_min counts as clean data: it is divided out, so that the first step adds all its noise to them.
+
+    Args:
+      num_steps: T.
+      beta_min, beta_max: of `vp_linear`.
+      t_min: where the data are.
+
+    Source: Xiao et al. 2022 (arXiv:2112.07804) appendix B.
+    """
+    t = _coarse_times(num_steps, t_min)
+    return _betas_between(np.exp(-0.5 * t**2 * (beta_max - beta_min) - t * beta_min), "vp_betas")
+
+
+def geometric_betas(num_steps: int, start: float = 0.01, end: float = 0.98, *, t_min: float = 1e-3) -> Betas:
+    """As `vp_betas`, along sigma^2 = start (end / start)^t. Source: an option of Xiao et al.'s release."""
+    t = _coarse_times(num_steps, t_min)
+    return _betas_between(1 - start * (end / start) ** t, "geometric_betas")
+
+
 def zero_terminal_snr(betas: Betas) -> Betas:
     """Shifts and scales sqrt(alphas_cumprod) so that the last level holds no signal and the first stays.
 
@@ -233,6 +255,27 @@ def cosine(log_snr_min: float = -20.0, log_snr_max: float = 20.0, shift: float =
     return Schedule(level, time, 0.0, 1.0)
 
 
+def squared_cosine(offset: float = 0.008) -> Schedule:
+    """Variance preserving with alpha^2 = cos^2((t + offset) / (1 + offset) pi / 2), t in [0, 1]; alpha(1) = 0.
+
+    The curve of `cosine_betas` at any time, neither clipped nor divided by its value at 0.
+
+    Raises:
+      ValueError: for an offset that is not positive: the level at 0 would hold no noise.
+
+    Source: Nichol & Dhariwal 2021 (arXiv:2102.09672) eq. 17; Xu et al. 2023 (arXiv:2306.12511), the release.
+    """
+    if not offset > 0:
+        raise ValueError(f"squared_cosine: offset must be positive, got {offset}; 0.008 is usual")
+    quarter = np.pi / 2 / (1 + offset)
+
+    def level(t):
+        # the angle from the noisy end: cos(pi / 2) is not 0 in float32
+        return Level(jnp.sin((1 - t) * quarter), jnp.sin((t + offset) * quarter))
+
+    return Schedule(level, lambda h: jnp.arctan(jnp.exp(-h)) / quarter - offset, 0.0, 1.0)
+
+
 def ve(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Schedule:
     """Variance exploding: alpha = 1 and t is sigma itself. EDM's schedule.
 
@@ -281,3 +324,13 @@ def from_log_alpha(log_alpha: Float[Array, " b"]) -> Level:
 def from_half_log_snr(half_log_snr: Float[Array, " b"]) -> Level:
     """The variance-preserving level of this log(alpha / sigma)."""
     return Level(jnp.sqrt(jax.nn.sigmoid(2 * half_log_snr)), jnp.sqrt(jax.nn.sigmoid(-2 * half_log_snr)))
+
+
+def _coarse_times(num_steps, t_min):
+    if num_steps < 1 or not 0 <= t_min < 1:
+        raise ValueError(f"a chain needs num_steps >= 1 and t_min in [0, 1), got {num_steps} and {t_min}")
+    return t_min + (1 - t_min) * np.arange(num_steps + 1) / num_steps
+
+
+def _betas_between(alphas_cumprod, name):
+    return checked(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], name)

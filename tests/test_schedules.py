@@ -16,6 +16,8 @@ SCHEDULES = {
     "rectified_flow": schedules.rectified_flow(),
     "flow_shifted": schedules.rectified_flow(3.0),
     "trigonometric": schedules.trigonometric(),
+    "squared_cosine": schedules.squared_cosine(),
+    "few_steps": schedules.discrete(schedules.vp_betas(4)),
 }
 VARIANCE_PRESERVING = [
     "linear",
@@ -25,6 +27,8 @@ VARIANCE_PRESERVING = [
     "cosine",
     "cosine_shifted",
     "trigonometric",
+    "squared_cosine",
+    "few_steps",
 ]
 
 
@@ -103,6 +107,33 @@ def test_named_betas_by_hand():
     assert cosine[-1] == 0.999 and cosine.max() == 0.999
 
 
+def test_a_chain_of_few_steps_has_the_published_values():
+    four = schedules.vp_betas(4)
+    assert four == pytest.approx([0.478255, 0.849206, 0.956418, 0.987404], abs=1e-6)
+    level = schedules.discrete(four).level(jnp.arange(4.0))
+    assert np.asarray(level.alpha) == pytest.approx([0.72232, 0.28049, 0.05856, 0.00657], abs=1e-5)
+    tables = schedules.tables(four)
+    assert tables.posterior_mean_coef1 == pytest.approx([1, 0.66578, 0.26919, 0.05782], abs=1e-5)
+    assert schedules.vp_betas(2) == pytest.approx([0.921324, 0.999451], abs=1e-6)
+    # levels of vp_linear at equal times, with the level at t_min divided out
+    with jax.enable_x64(True):
+        alpha = np.asarray(schedules.vp_linear(0.2, 8.0).level(0.01 + 0.99 * jnp.arange(6.0) / 5).alpha)
+    assert np.cumprod(1 - schedules.vp_betas(5, 0.2, 8.0, t_min=0.01)) == pytest.approx((alpha[1:] / alpha[0]) ** 2)
+    sigma = 0.04 * (0.9 / 0.04) ** np.array([0.1, 0.4, 0.7, 1.0])
+    geometric = schedules.geometric_betas(3, 0.04, 0.9, t_min=0.1)
+    assert np.cumprod(1 - geometric) == pytest.approx((1 - sigma[1:]) / (1 - sigma[0]))
+
+
+def test_the_squared_cosine_is_the_curve_of_its_chain_and_ends_in_pure_noise():
+    level = schedules.squared_cosine().level(jnp.array([0.0, 0.5, 1.0]))
+    angle = np.array([0.008, 0.508]) / 1.008 * np.pi / 2
+    assert np.asarray(level.alpha[:2]) == pytest.approx(np.cos(angle), rel=1e-6)
+    assert np.asarray(level.sigma[:2]) == pytest.approx(np.sin(angle), rel=1e-5)
+    assert (level.alpha[2], level.sigma[2]) == (0, 1)
+    chain = np.cumprod(1 - schedules.cosine_betas(50))[24]
+    assert chain == pytest.approx(float((level.alpha[1] / level.alpha[0]) ** 2), rel=1e-5)
+
+
 def test_tables_at_the_ends():
     t = schedules.tables(schedules.linear_betas(30))
     assert t.alphas_cumprod_prev[0] == 1 and t.alphas_cumprod_next[-1] == 0
@@ -139,6 +170,9 @@ def test_truncation_drops_levels_below_the_bound():
         (lambda: schedules.tables(np.zeros(0)), "non-empty"),
         (lambda: schedules.ve(1.0, 0.5), "0 < sigma_min < sigma_max, got 1.0 and 0.5"),
         (lambda: schedules.rectified_flow(0.0), "shift must be positive, got 0.0"),
+        (lambda: schedules.squared_cosine(0.0), "offset must be positive, got 0.0"),
+        (lambda: schedules.vp_betas(0), "num_steps >= 1 and t_min in"),
+        (lambda: schedules.geometric_betas(4, 0.01, 1.5), r"geometric_betas: betas must lie in \(0, 1\]"),
     ],
 )
 def test_refusals(make, message):
