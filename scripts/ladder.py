@@ -54,7 +54,12 @@ ROWS = (
     Row("ict", "improved consistency training", "digits_improved_consistency.py"),
     Row("ect", "easy consistency tuning", "digits_easy_consistency.py", calls=(1, 2)),
     Row("scd", "continuous-time distillation (sCD)", "digits_continuous_consistency.py"),
-    Row("sct", "continuous-time training (sCT)", "digits_continuous_consistency.py", {"distil": False, "num_steps": 4000}),
+    Row(
+        "sct",
+        "continuous-time training (sCT)",
+        "digits_continuous_consistency.py",
+        {"distil": False, "num_steps": 4000},
+    ),
     Row("pd", "progressive distillation", "digits_progressive.py", calls=(1,)),
     Row("guided-first", "", "digits_guided_distillation.py", {"first": True, "num_steps": 1200}, calls=()),
     Row("guided", "guided distillation", "digits_guided_distillation.py", calls=(1,), before="guided-first"),
