@@ -11,13 +11,13 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array
 
-from jaxdiff import losses, schedules, times
+from jaxdiff import losses, one_step, schedules, times
 from jaxdiff import parameterization as parameterizations
 from jaxdiff.denoiser import denoiser
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling, lazily, read_batch
 from jaxdiff.parameterization import Parameterization
 from jaxdiff.schedules import Betas
-from jaxdiff.solvers.posterior import Shown, draw, generate_with, require_generator, show
+from jaxdiff.solvers.posterior import Shown, draw, generate_with, show
 from jaxdiff.types import Cond, Denoiser, Key, Metrics, Network, Params
 
 Judge = Callable[[Array, Array, Array], Array]
@@ -117,7 +117,7 @@ def ddgan(
     schedule, time_sampler = schedules.discrete(betas), times.uniform_index(len(betas))
     meaning = parameterizations.x0() if parameterization is None else parameterization
     adversarial = losses.non_saturating() if adversarial is None else adversarial
-    require_generator(schedule, meaning)
+    one_step.require_safe(schedule, meaning)
 
     def generator(params: Params, cond: Cond, **training) -> Denoiser:
         return denoiser(network, params, schedule, meaning, cond, **training)

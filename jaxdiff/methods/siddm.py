@@ -16,14 +16,14 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxdiff import losses, schedules
+from jaxdiff import losses, one_step, schedules
 from jaxdiff import parameterization as parameterizations
 from jaxdiff.denoiser import denoiser
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling, read_batch
 from jaxdiff.parameterization import Parameterization
 from jaxdiff.process import transition
 from jaxdiff.schedules import Schedule
-from jaxdiff.solvers.posterior import Shown, draw, generate_with, require_generator, show
+from jaxdiff.solvers.posterior import Shown, draw, generate_with, show
 from jaxdiff.times import TimeSampler
 from jaxdiff.types import Cond, Denoiser, Key, Level, Metrics, Network, Params
 
@@ -188,7 +188,7 @@ def siddm(
     meaning = parameterizations.x0(in_thousandths) if parameterization is None else parameterization
     adversarial = losses.non_saturating() if adversarial is None else adversarial
     time_sampler = equal_times(num_steps, schedule.t_max) if time_sampler is None else time_sampler
-    require_generator(schedule, meaning)
+    one_step.require_safe(schedule, meaning)
 
     def generator(params: Params, cond: Cond, **training) -> Denoiser:
         return denoiser(network, params, schedule, meaning, cond, **training)

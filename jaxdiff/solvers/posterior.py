@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxdiff.parameterization import Parameterization, require_defined
 from jaxdiff.process import clean_like, posterior, q_sample, transition
 from jaxdiff.schedules import Schedule
 from jaxdiff.solvers.ancestral import ancestral
@@ -23,7 +22,6 @@ from jaxdiff.times import TimeSampler
 from jaxdiff.types import Cond, Denoiser, Key, Level
 
 Latents = Callable[[Array], Array]
-LARGEST_GAIN = 20.0
 
 
 class Draws(NamedTuple):
@@ -147,21 +145,3 @@ def fresh_latents(key: Key, latent_dim: int) -> Latents:
         return jax.random.normal(jax.random.fold_in(key, word), (t.size, latent_dim), t.dtype)
 
     return latents
-
-
-def require_generator(schedule: Schedule, parameterization: Parameterization) -> None:
-    """Refuses a meaning of the output that a generator cannot have: one call at t_max must give good data.
-
-    Raises:
-      ValueError: if x0 does not follow from the output at the noisiest level, or only by multiplying it, and all its
-        errors, by more than 20.
-    """
-    require_defined(schedule, parameterization)
-    with jax.ensure_compile_time_eval():
-        c = parameterization.coefficients(schedule.level(jnp.full([1], schedule.t_max, jnp.float32)))
-        gain = float(np.abs(np.asarray(c.out)).max())
-    if gain > LARGEST_GAIN:
-        raise ValueError(
-            f"this parameterization multiplies the network's output by {gain:.3g} at t = {schedule.t_max:g}, where a "
-            "generator starts; use x0, v or edm instead of eps"
-        )
