@@ -1,18 +1,19 @@
-"""The plane: every method that makes a teacher generate in few steps, on a mixture with a known density.
+"""The plane: one teacher, every method that makes it generate in few steps, on a mixture with a known density.
 
-`python scripts/plane.py` trains four small teachers and every row of ROWS, through the library's own train step, in
-this process; judges one step of each beside its teacher at 50 steps and at one; and writes docs/plane.md and its
-picture. What is done is kept in --runs, by row and seed, and is done again only if its settings change. CPU seconds
-are `time.process_time`, compilation included. `consistency_decoder` decodes latents and has no row.
+`python scripts/plane.py` trains a small teacher and every row of ROWS for every seed, in this process and through the
+library's own train step; judges one step of each beside the teacher at 50 steps and at one; and writes docs/plane.md
+and its picture. What is done is kept in --runs, by row and seed, and done again only if its settings change. CPU
+seconds are `time.process_time`, compilation included. `consistency_decoder` decodes latents and has no row.
 """
 
 import argparse
+import dataclasses
 import functools
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,353 +23,350 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from jaxdiff import losses, parameterization, schedules
+from jaxdiff import losses, schedules
+from jaxdiff import parameterization as parameterizations
 from jaxdiff.data import toy
-from jaxdiff.methods import continuous_consistency, lcm, progressive
+from jaxdiff.methods import consistency, continuous_consistency, easy_consistency, improved_consistency, lcm
 from jaxdiff.methods.base import Method, Sampling
-from jaxdiff.methods.consistency import (
-    adaptive,
-    consistency_distillation,
-    consistency_training,
-    continuous_time_consistency,
-    fixed,
-    pseudo_l2,
-)
-from jaxdiff.methods.ddpm import ddpm
-from jaxdiff.methods.easy_consistency import easy_consistency
 from jaxdiff.methods.edm import edm
 from jaxdiff.methods.guided_distillation import guided_distillation
-from jaxdiff.methods.improved_consistency import doubling_levels, improved_consistency
+from jaxdiff.methods.progressive import progressive, single, vp_path
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.layers import fourier_embedding
 from jaxdiff.networks.mlp import MLP
-from jaxdiff.solvers.ddim import ddim
 from jaxdiff.training import ema
 from jaxdiff.training.state import create_state
 from jaxdiff.training.step import make_train_step
-from jaxdiff.types import Network, Params
+from jaxdiff.types import Params
 
 ROOT = Path(__file__).resolve().parents[1]
-MIXTURE, ABOUT = toy.ring(8, std=0.06), "eight Gaussians of deviation 0.06 on the unit circle"
-SIGMA_DATA = 0.71
-EDM = {"sigma_data": SIGMA_DATA, "sigma_max": 20.0}
-BETAS = schedules.scaled_linear_betas(1000)
-NUM, ANGLES = 20_000, (np.arange(64) + 0.5) * np.pi / 64
-BATCH, CHUNK, WIDTH, NULL = 256, 250, 64, 2
+MIXTURE, ABOUT = toy.gaussian_grid(5), "a grid of 25 Gaussians of deviation 0.025 over [-1, 1]^2"
+NUM, ANGLES, SHOWN, CHUNK = 50_000, (np.arange(64) + 0.5) * np.pi / 64, 1500, 250
+SCALE: dict[str, Any] = {"sigma_data": 0.7075, "sigma_max": 10.0}
+PATH, BETAS = schedules.cosine(-4.6, 12.0), schedules.scaled_linear_betas(1000)
+MODULE = MLP(2, 64, time_features=functools.partial(fourier_embedding, fastest=16.0), num_classes=2, null_label=True)
+NET, FORWARD = as_network(MODULE), as_network(MODULE, forward_mode=True)
+TRIG, TRIG_FORWARD = (continuous_consistency.from_edm(net, SCALE["sigma_data"]) for net in (NET, FORWARD))
 
 
 class Recipe(NamedTuple):
-    """Adam with a cosine decay from `lr` over `steps`, gradients clipped to norm 1; samples from the average."""
+    """Adam, its rate falling from `lr` to 0 as a cosine, gradients clipped to norm 1; `decay` is of the average."""
 
     steps: int
     lr: float
     decay: float = 0.999
+    batch: int = 256
 
 
-class Teacher(NamedTuple):
-    """A diffusion model: what it is, whether it sees the parity of a component as a label, its sampler."""
-
-    label: str
-    build: Callable[[], Method]
-    recipe: Recipe
-    classes: bool = False
-    solver: Callable[..., Any] | None = None
-
-
-class Row(NamedTuple):
-    """A method: its stages, each (parameters of the one before, recipe, **settings) -> Method, with their settings."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """The teacher or a method, in stages (name in BUILD, recipe, settings)."""
 
     name: str
     label: str
-    teacher: str
-    stages: tuple[tuple[Callable[..., Method], Recipe, dict[str, Any]], ...]
+    stages: tuple[tuple[str, Recipe, dict[str, Any]], ...]
 
 
-def module(classes: bool = False, **fields: Any) -> MLP:
-    return MLP(out_features=2, features=WIDTH, num_classes=NULL if classes else None, null_label=classes, **fields)
+def fresh(key, batch) -> Params:
+    """Random parameters."""
+    return init_params(MODULE, key, batch["x0"], jnp.zeros(len(batch["x0"])), {"label": batch["label"]})
 
 
-def starting(net: MLP) -> Callable[..., Params]:
-    """`init_params` with random numbers."""
-
-    def init(key, batch):
-        cond = {"label": batch["label"]} if net.num_classes else {}
-        return init_params(net, key, batch["x0"], jnp.zeros(len(batch["x0"])), cond)
-
-    return init
+def start(params: Params, wider: bool = False):
+    """`init_params` with the teacher's, and zeros for w if the student is to see that."""
+    kernel = jnp.pad(params["in"]["kernel"], ((0, int(wider)), (0, 0)))
+    return lambda key, batch: jax.tree.map(jnp.array, {**params, "in": {**params["in"], "kernel": kernel}})
 
 
-def copying(params: Params) -> Callable[..., Params]:
-    """`init_params` with those of the teacher."""
-    return lambda key, batch: jax.tree.map(jnp.array, params)
-
-
-def seeing_guidance(net: MLP) -> Network:
+def guided_net(params, x_t, t, cond, *, train=False, key=None):
     """The network with w as a third coordinate of its input."""
-
-    def network(params, x_t, t, cond, *, train=False, key=None):
-        x_t = jnp.concatenate([x_t, cond["guidance"][:, None] / 4], axis=1)
-        return as_network(net)(params, x_t, t, {"label": cond["label"]}, train=train, key=key)
-
-    return network
+    x_t = jnp.concatenate([x_t, cond["guidance"][:, None] / 4], axis=1)
+    return NET(params, x_t, t, {"label": cond["label"]}, train=train, key=key)
 
 
-def widened(params: Params) -> Callable[..., Params]:
-    """`init_params` for `seeing_guidance`: the teacher's, with zeros for w."""
-    kernel = jnp.concatenate([params["in"]["kernel"], jnp.zeros((1, WIDTH))])
-    return copying({**params, "in": {**params["in"], "kernel": kernel}})
+def meaning(schedule: schedules.Schedule) -> parameterizations.Parameterization:
+    """What the teacher's output means at the times of another schedule."""
+
+    def net_time(t):
+        level = schedule.level(t)
+        return jnp.log(level.sigma / level.alpha) / 4
+
+    return parameterizations.edm(SCALE["sigma_data"], net_time)
 
 
-def without_label(cond):
-    return cond | {"label": jnp.full_like(cond["label"], NULL)}
+def unlabelled(cond):
+    return cond | {"label": jnp.full_like(cond["label"], 2)}
 
 
-LOG = module(time_features=functools.partial(fourier_embedding, fastest=16.0))
-ANGLE = module(time_features=functools.partial(fourier_embedding, slowest=0.5, fastest=8.0))
-COSINE = module(True, time_features=functools.partial(fourier_embedding, slowest=0.5, fastest=16.0))
-CHAIN = module(True, time_features=functools.partial(fourier_embedding, slowest=0.002, fastest=0.05))
+def guidance(params: Params, schedule: schedules.Schedule) -> dict[str, Any]:
+    """What methods that learn guidance share."""
+    how = {"teacher": NET, "teacher_params": params, "parameterization": meaning(schedule)}
+    return how | {"init_params": start(params, wider=True), "null_cond": unlabelled}
 
-TEACHERS = {
-    "edm": Teacher(
-        "EDM, Heun",
-        lambda: edm(as_network(LOG), init_params=starting(LOG), log_mean=-1.2, log_std=1.4, **EDM),
-        Recipe(4000, 2e-3),
+
+def doubling(first: int, last: int, steps: int, mu: float) -> consistency.Curriculum:
+    """N doubles in equally long stages: it leaves the coarse grids later than the paper's root of k does."""
+    levels = improved_consistency.doubling_levels(first, last, steps)
+    return consistency.Curriculum(levels, consistency.fixed(2, mu).target_ema, last + 1)
+
+
+BUILD = {
+    "teacher": lambda _, n, **s: edm(NET, init_params=fresh, null_label=2, **s, **SCALE),
+    "cd": lambda teacher, n, *, levels, mu, huber: consistency.consistency_distillation(
+        NET, teacher_params=teacher, curriculum=consistency.fixed(levels, mu), distance=losses.pseudo_huber(huber),
+        **SCALE
     ),
-    "trig": Teacher(
-        "TrigFlow, Heun",
-        lambda: continuous_consistency.trigflow(as_network(ANGLE), init_params=starting(ANGLE), log_mean=-1.2, **EDM),
-        Recipe(4000, 2e-3),
+    "ct": lambda _, n, *, first, last, mu, huber: consistency.consistency_training(
+        NET, init_params=fresh, curriculum=doubling(first, last, n, mu), distance=losses.pseudo_huber(huber),
+        weight=lambda level: 1 / level.sigma, **SCALE
     ),
-    "cosine": Teacher(
-        "cosine path, v, with classes, DDIM",
-        lambda: progressive.first_teacher(
-            as_network(COSINE), init_params=starting(COSINE), clip=None, label_dropout=0.1, null_label=NULL
-        ),
-        Recipe(4000, 2e-3),
-        classes=True,
+    "ccd": lambda teacher, n: consistency.continuous_time_consistency(
+        FORWARD, loss=consistency.pseudo_l2, teacher_params=teacher, **SCALE
     ),
-    "chain": Teacher(
-        "chain of 1000 steps, v, with classes, DDIM",
-        lambda: ddpm(
-            as_network(CHAIN), BETAS, init_params=starting(CHAIN), parameterization=parameterization.v(),
-            label_dropout=0.1, null_label=NULL, clip=None,
-        ),
-        Recipe(4000, 2e-3),
-        classes=True,
-        solver=ddim,
+    "cct": lambda teacher, n: consistency.continuous_time_consistency(
+        FORWARD, loss=consistency.pseudo_l2, init_params=start(teacher), **SCALE
+    ),
+    "ict": lambda _, n, *, first, last, huber, **s: improved_consistency.improved_consistency(
+        NET, init_params=fresh, num_levels=improved_consistency.doubling_levels(first, last, n),
+        distance=losses.pseudo_huber(huber), **s, **SCALE
+    ),
+    "ect": lambda teacher, n, *, stages, huber, **s: easy_consistency.easy_consistency(
+        NET, init_params=start(teacher), steps_per_stage=n // stages, distance=losses.pseudo_huber(huber), **s, **SCALE
+    ),
+    "scd": lambda teacher, n, **s: continuous_consistency.scm(
+        TRIG_FORWARD, teacher=TRIG, teacher_params=teacher, **s, **SCALE
+    ),
+    "sct": lambda teacher, n, **s: continuous_consistency.scm(TRIG_FORWARD, init_params=start(teacher), **s, **SCALE),
+    "round": lambda teacher, n, *, num_steps, w=None: progressive(
+        guided_net if w else NET, teacher_params=teacher, num_steps=num_steps, head=single(meaning(PATH)),
+        path=vp_path(PATH), guidance_range=w, clip=None
+    ),
+    "guided": lambda teacher, n, *, w: guided_distillation(
+        guided_net, schedule=PATH, clip=None, guidance_range=w, **guidance(teacher, PATH)
+    ),
+    "lcm": lambda teacher, n, *, w, huber, **s: lcm.lcm(
+        guided_net, BETAS, guidance_range=w, distance=lcm.elementwise_huber(huber), **s,
+        **guidance(teacher, schedules.discrete(BETAS))
     ),
 }  # fmt: skip
 
 
-def build_cd(teacher, recipe, *, levels, mu, huber):
-    return consistency_distillation(
-        as_network(LOG), teacher_params=teacher, curriculum=fixed(levels, mu), distance=losses.pseudo_huber(huber), **EDM
-    )
+def rounds(**settings: Any) -> tuple[Any, ...]:
+    """Progressive distillation from 16 steps, longer where the map gets harder."""
+    lengths = {16: 500, 8: 500, 4: 500, 2: 1000, 1: 2000}
+    return tuple(("round", Recipe(steps, 1e-3, 0.99), {"num_steps": n, **settings}) for n, steps in lengths.items())
 
 
-def build_ct(teacher, recipe, *, first_levels, last_levels, mu, huber):
-    curriculum = adaptive(first_levels, last_levels, recipe.steps, mu)
-    distance = losses.pseudo_huber(huber)
-    return consistency_training(
-        as_network(LOG), init_params=starting(LOG), curriculum=curriculum, distance=distance, **EDM
-    )
-
-
-def build_continuous(teacher, recipe, *, distil):
-    chosen = {"teacher_params": teacher} if distil else {"init_params": copying(teacher)}
-    return continuous_time_consistency(as_network(LOG, forward_mode=True), loss=pseudo_l2, **chosen, **EDM)
-
-
-def build_ict(teacher, recipe, *, first_levels, last_levels, huber, log_mean, log_std):
-    return improved_consistency(
-        as_network(LOG), init_params=starting(LOG), num_levels=doubling_levels(first_levels, last_levels, recipe.steps),
-        distance=losses.pseudo_huber(huber), log_mean=log_mean, log_std=log_std, **EDM,
-    )  # fmt: skip
-
-
-def build_ect(teacher, recipe, *, q, stages, log_mean, log_std):
-    return easy_consistency(
-        as_network(LOG), init_params=copying(teacher), steps_per_stage=recipe.steps // stages, q=q, log_mean=log_mean,
-        log_std=log_std, **EDM,
-    )  # fmt: skip
-
-
-def build_scm(teacher, recipe, *, distil, warmup, log_mean, log_std):
-    chosen = {"teacher": as_network(ANGLE), "teacher_params": teacher} if distil else {}
-    return continuous_consistency.scm(
-        as_network(ANGLE, forward_mode=True), init_params=copying(teacher), log_mean=log_mean, log_std=log_std,
-        warmup_steps=warmup, **chosen, **EDM,
-    )  # fmt: skip
-
-
-def build_pd(teacher, recipe, *, first_steps, guidance=None):
-    network = as_network(COSINE) if guidance is None else seeing_guidance(COSINE)
-    rounds = first_steps.bit_length() + 2  # those of two steps and of one count twice
-    return progressive.progressive(
-        network, teacher_params=teacher, num_steps=first_steps, round_length=recipe.steps // rounds,
-        guidance_range=None if guidance is None else (0.0, guidance), clip=None,
-    )  # fmt: skip
-
-
-def build_guided(teacher, recipe, *, guidance):
-    return guided_distillation(
-        seeing_guidance(COSINE), teacher=as_network(COSINE), teacher_params=teacher, init_params=widened(teacher),
-        null_cond=without_label, guidance_range=(0.0, guidance), clip=None,
-    )  # fmt: skip
-
-
-def build_lcm(teacher, recipe, *, guidance, huber, mu):
-    return lcm.lcm(
-        seeing_guidance(CHAIN), BETAS, teacher=as_network(CHAIN), teacher_params=teacher, init_params=widened(teacher),
-        null_cond=without_label, guidance_range=(0.0, guidance), parameterization=parameterization.v(),
-        distance=lcm.elementwise_huber(huber), target_decay=mu,
-    )  # fmt: skip
-
-
-LEVELS = {"log_mean": -1.2, "log_std": 1.6}
+LEVELS, W = {"log_mean": -1.5, "log_std": 1.8}, {"w": (0.0, 2.0)}
+TEACHER = Row("teacher", "EDM, undistilled", (("teacher", Recipe(3000, 2e-3), {"label_dropout": 0.1, **LEVELS}),))
 ROWS = (
-    Row("cd", "consistency distillation", "edm",
-        ((build_cd, Recipe(2500, 1e-3), {"levels": 18, "mu": 0.95, "huber": 0.03}),)),
-    Row("ct", "consistency training", "edm",
-        ((build_ct, Recipe(4000, 1e-3), {"first_levels": 2, "last_levels": 32, "mu": 0.9, "huber": 0.03}),)),
-    Row("ccd", "continuous-time consistency distillation", "edm",
-        ((build_continuous, Recipe(2500, 3e-4), {"distil": True}),)),
-    Row("cct", "continuous-time consistency training", "edm",
-        ((build_continuous, Recipe(2500, 3e-4), {"distil": False}),)),
-    Row("ict", "improved consistency training", "edm",
-        ((build_ict, Recipe(4000, 1e-3), {"first_levels": 10, "last_levels": 320, "huber": 0.01, **LEVELS}),)),
-    Row("ect", "easy consistency tuning", "edm",
-        ((build_ect, Recipe(3000, 5e-4), {"q": 2.0, "stages": 8, **LEVELS}),)),
-    Row("scd", "continuous-time distillation (sCD)", "trig",
-        ((build_scm, Recipe(3000, 5e-4), {"distil": True, "warmup": 500, **LEVELS}),)),
-    Row("sct", "continuous-time training (sCT)", "trig",
-        ((build_scm, Recipe(3000, 5e-4), {"distil": False, "warmup": 500, **LEVELS}),)),
-    Row("pd", "progressive distillation", "cosine",
-        ((build_pd, Recipe(4000, 1e-3, 0.99), {"first_steps": 32}),)),
-    Row("guided", "guided distillation", "cosine",
-        ((build_guided, Recipe(2000, 2e-3), {"guidance": 2.0}),
-         (build_pd, Recipe(4000, 1e-3, 0.99), {"first_steps": 16, "guidance": 2.0}))),
-    Row("lcm", "latent consistency distillation, on points", "chain",
-        ((build_lcm, Recipe(3000, 1e-3), {"guidance": 2.0, "huber": 0.03, "mu": 0.95}),)),
+    Row("cd", "consistency distillation", (("cd", Recipe(5000, 1e-3), {"levels": 18, "mu": 0.95, "huber": 0.03}),)),
+    Row("ct", "consistency training",
+        (("ct", Recipe(5000, 1e-3), {"first": 10, "last": 640, "mu": 0.5, "huber": 0.01}),)),
+    Row("ccd", "continuous-time CD", (("ccd", Recipe(5000, 5e-4), {}),)),
+    Row("cct", "continuous-time CT", (("cct", Recipe(5000, 5e-4), {}),)),
+    Row("ict", "improved consistency training",
+        (("ict", Recipe(5000, 1e-3), {"first": 10, "last": 640, "huber": 0.01, **LEVELS}),)),
+    Row("ect", "easy consistency tuning", (("ect", Recipe(5000, 1e-3), {"stages": 10, "huber": 0.01, **LEVELS}),)),
+    Row("scd", "sCD", (("scd", Recipe(5000, 5e-4), {"warmup_steps": 500, **LEVELS}),)),
+    Row("sct", "sCT", (("sct", Recipe(5000, 5e-4), {"warmup_steps": 500, **LEVELS}),)),
+    Row("pd", "progressive distillation", rounds()),
+    Row("guided", "guided distillation", (("guided", Recipe(1500, 1e-3), W), *rounds(**W))),
+    Row("lcm", "LCM, on points", (("lcm", Recipe(4000, 1e-3), {"huber": 0.03, "num_ddim_steps": 50, **W}),)),
 )  # fmt: skip
 
 
-def train(method: Method, recipe: Recipe, seed: int, classes: bool) -> tuple[Params, Any]:
-    """Parameters after training (the average of the player "model") and aux."""
+def train(method: Method, recipe: Recipe, seed: int) -> tuple[Params, Any]:
+    """The average of the player "model" after training, and aux."""
     rate = optax.cosine_decay_schedule(recipe.lr, recipe.steps)
     optimizers = {"model": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))}
     averages, rng = (ema.warmup("ema", recipe.decay),), np.random.default_rng(1000 + seed)
 
     def draw(*shape: int) -> dict[str, np.ndarray]:
         points, component = MIXTURE.draw(rng, int(np.prod(shape)))
-        batch = {"x0": points.astype(np.float32).reshape(*shape, 2)}
-        return batch | ({"label": (component % 2).reshape(shape)} if classes else {})
+        return {"x0": points.astype(np.float32).reshape(*shape, 2), "label": (component % 2).reshape(shape)}
 
-    state = create_state(method, optimizers, averages, jax.random.key(seed), draw(BATCH))
+    state = create_state(method, optimizers, averages, jax.random.key(seed), draw(recipe.batch))
     step = make_train_step(method, optimizers, averages)
-    # a scan, because these steps are shorter than the call of a compiled function
+    # a scan, because these steps are about as short as the call of a compiled function
     chunk = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0)
     for _ in range(recipe.steps // CHUNK):
-        state, metrics = chunk(state, draw(CHUNK, BATCH))
-    if not metrics["finite"].all():
-        raise FloatingPointError("training left the finite numbers")
+        state, metrics = chunk(state, draw(CHUNK, recipe.batch))
+        if not metrics["finite"].all():
+            raise FloatingPointError(f"a loss or gradient was not finite before step {int(state.step)}")
     return state.ema["ema"]["model"], state.aux
 
 
-def samples(method: Method, params: Params, aux: Any, seed: int, classes: bool, **sampling: Any) -> np.ndarray:
-    """NUM points, of the same noise for every method of a seed."""
-    noise = jax.random.normal(jax.random.key(100 + seed), (NUM, 2))
-    cond = {"label": jnp.arange(NUM) % 2} if classes else {}
-    chosen = Sampling(**sampling)
-    draw = jax.jit(lambda params, aux: method.generate({"model": params}, aux, jax.random.key(seed), noise, cond, chosen))
-    return np.asarray(draw(params, aux))
-
-
 def projected(points: np.ndarray) -> np.ndarray:
-    """[len(points), angles] sorted projections."""
+    """[len(points), angles] projections, sorted."""
     return np.sort(points @ np.stack([np.cos(ANGLES), np.sin(ANGLES)]), axis=0)
 
 
 @functools.cache
-def reference() -> np.ndarray:
-    """Quantiles of the mixture in every direction, from 20 NUM points."""
-    points = MIXTURE.draw(np.random.default_rng(1), 20 * NUM)[0]
-    return projected(points).reshape(NUM, 20, len(ANGLES)).mean(axis=1)
+def quantiles() -> np.ndarray:
+    """[NUM, angles] of the mixture's projections, from 10 NUM points."""
+    points = MIXTURE.draw(np.random.default_rng(1), 10 * NUM)[0]
+    return projected(points).reshape(NUM, 10, len(ANGLES)).mean(axis=1)
 
 
 def distance(points: np.ndarray) -> float:
-    """Sliced Wasserstein-1 distance to the mixture."""
-    return float(np.abs(projected(points) - reference()).mean())
+    """Sliced Wasserstein-1 distance of NUM points to the mixture."""
+    return float(np.abs(projected(points) - quantiles()).mean())
 
 
-def teacher_of(name: str, seed: int, folder: Path) -> tuple[Params, dict[str, Any]]:
-    """Trains a teacher or reads it: its parameters, and {"cpu_s", "best" at 50 steps, "one" at one}."""
-    spec, base = TEACHERS[name], folder / f"teacher-{name}-{seed}"
-    settings = json.loads(json.dumps([spec.recipe, WIDTH, BATCH, ABOUT]))
-    if (found := kept(base, settings)) is not None:
-        flat = np.load(base.with_suffix(".npz"))
-        return traverse_util.unflatten_dict({path: jnp.asarray(flat[path]) for path in flat}, sep="/"), found
-    start, method = time.process_time(), spec.build()
-    params, aux = train(method, spec.recipe, seed, spec.classes)
-    found = {"settings": settings, "cpu_s": time.process_time() - start}
-    draw = functools.partial(samples, method, params, aux, seed, spec.classes, solver=spec.solver)
-    points = {"best": draw(num_steps=50), "one": draw(num_steps=1)}
-    found |= {key: distance(value) for key, value in points.items()}
-    np.savez(base.with_suffix(".npz"), **traverse_util.flatten_dict(params, sep="/"))
-    np.savez(base.with_suffix(".points.npz"), **{key: value[:SHOWN] for key, value in points.items()})
-    base.with_suffix(".json").write_text(json.dumps(found))
-    print(f"teacher {name} {seed}: 50 steps {found['best']:.4f}, 1 step {found['one']:.4f}, {found['cpu_s']:.0f} CPU s")
-    return params, found
+def settings_of(row: Row) -> Any:
+    """All that a result depends on, in the form in which JSON gives it back."""
+    above = [SCALE, NUM, ABOUT, MODULE.features] if row is TEACHER else settings_of(TEACHER)
+    return json.loads(json.dumps([row.stages, above]))
 
 
-def run(row: Row, seed: int, folder: Path) -> dict[str, Any]:
-    """Trains a row with its teacher and judges one step: {"distance", "best", "one", "cpu_s"}."""
-    teacher, about = teacher_of(row.teacher, seed, folder)
-    base = folder / f"{row.name}-{seed}"
-    stages = [[recipe, settings] for _, recipe, settings in row.stages]
-    settings = json.loads(json.dumps([stages, about["settings"]]))
-    if (found := kept(base, settings)) is not None:
-        return found
-    start, params, classes = time.process_time(), teacher, TEACHERS[row.teacher].classes
-    for build, recipe, chosen in row.stages:
-        method = build(params, recipe, **chosen)
-        params, aux = train(method, recipe, seed, classes)
-    found = {"settings": settings, "cpu_s": time.process_time() - start, "best": about["best"], "one": about["one"]}
-    points = samples(method, params, aux, seed, classes, num_steps=1)
-    found["distance"] = distance(points)
-    np.savez(base.with_suffix(".points.npz"), one=points[:SHOWN])
-    base.with_suffix(".json").write_text(json.dumps(found))
-    ratios = f"{found['distance'] / found['best']:.2f} of the teacher, {found['one'] / found['distance']:.1f} times better"
-    print(f"{row.name} {seed}: {found['distance']:.4f}, {ratios}, {found['cpu_s']:.0f} CPU s", flush=True)
-    return found
-
-
-def kept(base: Path, settings: Any) -> dict[str, Any] | None:
-    """What is on record, if it was made with these settings."""
-    record = base.with_suffix(".json")
+def kept(row: Row, seed: int, folder: Path) -> dict[str, Any] | None:
+    """The result on record, if it was made with these settings."""
+    record = folder / f"{row.name}-{seed}.json"
     found = json.loads(record.read_text()) if record.is_file() else {}
-    return found if found.get("settings") == settings else None
+    return found if found.get("settings") == settings_of(row) else None
+
+
+def run(row: Row, seed: int, folder: Path) -> None:
+    """Trains and judges a row, and keeps {"settings", "cpu_s", "1": distance, and of the teacher "50"}."""
+    params: Params = {}
+    if row is not TEACHER:
+        with np.load(folder / f"teacher-{seed}.npz") as flat:
+            params = traverse_util.unflatten_dict({path: jnp.asarray(flat[path]) for path in flat}, sep="/")
+    began = time.process_time()
+    for name, recipe, chosen in row.stages:
+        method = BUILD[name](params, recipe.steps, **chosen)
+        params, aux = train(method, recipe, seed)
+    found = {"settings": settings_of(row), "cpu_s": time.process_time() - began}
+    noise = jax.random.normal(jax.random.key(100 + seed), (NUM, 2))  # the same for every row of a seed
+    cond, key = {"label": jnp.arange(NUM) % 2}, jax.random.key(seed)
+    for n in (50, 1) if row is TEACHER else (1,):
+        generate = functools.partial(method.generate, key=key, noise=noise, cond=cond, sampling=Sampling(num_steps=n))
+        points = np.asarray(jax.jit(generate)({"model": params}, aux))
+        found[str(n)] = distance(points)
+        np.save(folder / f"{row.name}-{seed}.{n}.npy", points[:SHOWN])
+    if row is TEACHER:
+        flat: Any = traverse_util.flatten_dict(params, sep="/")
+        np.savez(folder / f"teacher-{seed}.npz", **flat)
+    (folder / f"{row.name}-{seed}.json").write_text(json.dumps(found))
+    scores = ", ".join(f"{n} steps {found[n]:.4f}" for n in ("50", "1") if n in found)
+    print(f"{row.name} {seed}: {scores}, {found['cpu_s']:.0f} CPU s", flush=True)
 
 
 def main() -> int:
     """Trains, judges, writes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "plane", help="folder of what is done")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="names of rows, comma-separated")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plane.md")
+    parser.add_argument("--note", default="", help="a sentence for the page, such as what the machine did besides")
+    parser.add_argument("--no-train", action="store_true", help="write the page of what is there")
     args = parser.parse_args()
     names = [name for name in args.only.split(",") if name]
     if unknown := sorted(set(names) - {row.name for row in ROWS}):
         print(f"error: unknown row {unknown[0]!r}; rows are {', '.join(row.name for row in ROWS)}", file=sys.stderr)
         return 2
     args.runs.mkdir(parents=True, exist_ok=True)
-    rows, seeds = [row for row in ROWS if not names or row.name in names], [int(s) for s in args.seeds.split(",")]
-    done = {(row.name, seed): run(row, seed, args.runs) for seed in seeds for row in rows}
+    rows = [TEACHER, *(row for row in ROWS if not names or row.name in names)]
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    for seed, row in itertools.product(seeds, rows):
+        if not args.no_train and kept(row, seed, args.runs) is None:
+            run(row, seed, args.runs)
+    found = {row: {seed: kept(row, seed, args.runs) for seed in seeds} for row in rows}
+    found = {row: {seed: f for seed, f in of.items() if f is not None} for row, of in found.items()}
+    args.out.write_text(page({row: of for row, of in found.items() if of}, args.note))
+    picture([row for row, of in found.items() if seeds[0] in of], seeds[0], args.runs, args.out.parent / "images")
     return 0
 
 
-SHOWN = 1500
+def page(found: dict[Row, dict[int, dict[str, Any]]], note: str) -> str:
+    """The text of docs/plane.md."""
+    teacher, lines, settings = found[TEACHER], [], []
+    for row, of in found.items():
+        one = [f["1"] for f in of.values()]
+        ratios = [f["1"] / teacher[seed]["50"] for seed, f in of.items()]
+        gains = [teacher[seed]["1"] / f["1"] for seed, f in of.items()]
+        cells = [row.name, row.label, len(of), _spread(one, 4), _spread(ratios, 2), _spread(gains, 0)]
+        cells.append(f"{statistics.median(f['cpu_s'] for f in of.values()):.0f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+        settings.append(f"- **{row.name}**: " + "; then ".join(map(_stage, row.stages)))
+    true = [distance(MIXTURE.draw(np.random.default_rng(50 + i), NUM)[0]) for i in range(5)]
+    best, worst = ([f[n] for f in teacher.values()] for n in ("50", "1"))
+    return PAGE.format(
+        about=ABOUT, num=NUM, angles=len(ANGLES), floor=_spread(true, 4), best=_spread(best, 4),
+        worst=_spread(worst, 3), table="\n".join(lines), settings="\n".join(settings), jax=jax.__version__,
+        width=MODULE.features, note=f"\n{note}\n" if note else "", **SCALE,
+    )  # fmt: skip
+
+
+def _spread(values: list[float], digits: int) -> str:
+    middle = f"{statistics.median(values):.{digits}f}"
+    return middle if len(values) < 2 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _stage(stage: tuple[str, Recipe, dict[str, Any]]) -> str:
+    _, recipe, chosen = stage
+    numbers = {"steps": recipe.steps, "batch": recipe.batch, "lr": recipe.lr, "average": recipe.decay} | chosen
+    return ", ".join(f"{name} {value}" for name, value in numbers.items())
+
+
+def picture(rows: list[Row], seed: int, folder: Path, images: Path) -> None:
+    """Points of the mixture, of the teacher and of one step of every method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {"the mixture": MIXTURE.draw(np.random.default_rng(0), SHOWN)[0]}
+    panels["teacher, 50 steps"] = np.load(folder / f"teacher-{seed}.50.npy")
+    panels |= {f"{row.name}, one step": np.load(folder / f"{row.name}-{seed}.1.npy") for row in rows}
+    figure, axes = pyplot.subplots(-(-len(panels) // 5), 5, figsize=(10, 2.2 * -(-len(panels) // 5)), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (title, points) in zip(axes.flat, panels.items(), strict=False):
+        axis.scatter(*points.T, s=1.5, linewidths=0, color="black")
+        axis.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
+        axis.set_title(title, fontsize=8)
+    figure.tight_layout()
+    images.mkdir(parents=True, exist_ok=True)
+    figure.savefig(images / "plane.png", dpi=100)
+    pyplot.close(figure)
+
+
+PAGE = """# The plane
+
+One teacher, every method that makes it generate in one step, in the plane, on {about}.
+A row trains in a minute or two on one core of a CPU. `python scripts/plane.py` trains what is missing and writes this
+page; what the rows are stands in that file.
+
+| | method | seeds | one step | over the teacher's 50 | times better than its one | CPU s |
+|---|---|---|---|---|---|---|
+{table}
+
+Sliced Wasserstein-1 distance of {num} points to the mixture, over {angles} directions; as many true points
+score {floor}.
+The teacher, EDM with Heun's solver, scores {best} at 50 steps (99 network calls) and {worst} at one.
+Medians over the seeds with their range; a seed is that of teacher, student and noise, and the noise is the same for
+all rows. CPU seconds are of one core and of the method's own training. The aim is at most 1.5 times the teacher's 50,
+and at least 5 times better than its one.
+{note}
+The parity of a component is its label, which teacher and students see. Guided distillation and LCM learn every
+w = guidance_scale - 1 of their range and are judged at w = 0, as the teacher is. ct and ict start from random weights,
+the other methods from the teacher's. ct is algorithm 3 with N that doubles in equally long stages and the weight
+1 / sigma; scd and sct see the teacher's network through `from_edm`. `consistency_decoder` decodes latents and has no
+plane.
+
+![points](images/plane.png)
+
+Settings, with an MLP of three blocks of {width} features, sigma_data {sigma_data}, sigma_max {sigma_max},
+and points drawn afresh at every step:
+
+{settings}
+
+jax {jax}.
+"""
+
 
 if __name__ == "__main__":
     sys.exit(main())
