@@ -4,7 +4,8 @@ Paper: Xu et al. 2023 (arXiv:2311.09257), on the teacher's noise levels instead 
 compared must suit images this small: at those of a cosine chain's quarters the discriminator sees nothing. Weights,
 learning rates and R1 are ours; the discriminator is the teacher's way down and middle with small heads.
 Command: jaxdiff train experiments/digits_ufogen.py --workdir runs/ladder/ufogen-0 (needs digits_edm.py's run first)
-Expected: docs/ladder.md has the figures of three seeds.
+Expected: 1.25 times the teacher's Frechet distance at 50 calls, not reached yet: with r1_sigma 0, seed 0 stood at 0.714
+in one step (1.81 times) and accuracy 0.959 after 875 steps. The present settings were not run.
 """
 
 import jax
@@ -34,6 +35,7 @@ def build(
     last_share: float = 0.5,
     reconstruction_weight: float = 12.8,
     r1_weight: float = 0.2,
+    r1_sigma: float = 0.05,
     posterior: bool = False,
     from_scratch: bool = False,
     num_steps: int = 1500,
@@ -49,8 +51,8 @@ def build(
     smoke: bool = False,
 ) -> Experiment:
     """Settings: levels are sigmas, of which each but the last is compared; the last is pure noise, and drawn for
-    last_share of the examples. reconstruction_weight 0 leaves the adversary alone; posterior and from_scratch are two
-    ways to fail.
+    last_share of the examples. reconstruction_weight 0 leaves the adversary alone; r1_sigma 0 takes R1 itself, with
+    second derivatives; posterior and from_scratch are two ways to fail.
     """
     if smoke:
         num_steps, batch_size, width, checkpoint_every, sample_every = 4, 8, 8, 2, 4
@@ -85,6 +87,7 @@ def build(
         reconstruction_weight=reconstruction_weight,
         gamma=at_t(signal_share),
         r1_weight=r1_weight,
+        r1_sigma=r1_sigma or None,
         posterior=posterior,
     )
     return Experiment(
@@ -93,7 +96,7 @@ def build(
         networks={"model": unet, "disc": discriminator},
         data=lambda: batches(digits("train"), batch_size=batch_size, seed=seed),
         optimizers={"disc": optax.adam(disc_lr, b1=0.0, b2=0.99), "model": optax.adam(lr, b1=0.0, b2=0.99)},
-        ema=(ema.warmup("ema", ema_decay),),
+        ema=(ema.warmup("ema", ema_decay, players=("model",)),),
         partition=partition.UNET,
         sample_shape=(8, 8, 1),
         num_classes=10,

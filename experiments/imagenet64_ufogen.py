@@ -87,7 +87,7 @@ def build(
             source("train"), batch_size=batch_size, seed=seed, augment=[flip_horizontally], prefetch=4
         ),
         optimizers={"disc": optax.adam(disc_lr, b1=0.0, b2=0.99), "model": optax.adam(lr, b1=0.0, b2=0.99)},
-        ema=(ema.constant("ema", ema_decay),),
+        ema=(ema.constant("ema", ema_decay, players=("model",)),),
         partition=partition.UNET,
         sample_shape=(size, size, 3),
         num_classes=1000,

@@ -132,7 +132,7 @@ def build(
             "disc": optax.chain(clipped, optax.adamw(disc_lr, b1=0.0, weight_decay=0.0)),
             "model": optax.chain(clipped, optax.adamw(lr, weight_decay=0.0)),
         },
-        ema=(ema.constant("ema", ema_decay),),
+        ema=(ema.constant("ema", ema_decay, players=("model",)),),
         partition=partition.UNET,
         sample_shape=first["x0"].shape,
         conditioning={"context": jax.ShapeDtypeStruct(first["context"].shape, jnp.float32)},

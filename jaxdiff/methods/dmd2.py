@@ -209,7 +209,7 @@ def dmd2(
         level = level_like(form.schedule, grid[:1], noise)
         return form.prior(level)[0] * noise
 
-    def judged(params, x, cond, key):
+    def judged(judge: Network, params, x, cond, key):
         index_key, eps_key, network_key = jax.random.split(key, 3)
         t = form.time(jax.random.randint(index_key, x.shape[:1], judge_low, judge_high).astype(x.dtype))
         level = level_like(form.schedule, t, x)
@@ -227,8 +227,8 @@ def dmd2(
         error = score_loss(form, denoise, x, index, jax.random.normal(eps_key, x.shape, x.dtype))
         if judge is None:
             return error.mean(), {"loss_score": error}
-        real = judged(params["fake"], x0, cond, real_key)
-        fake = judged(params["fake"], x, cond, fake_key)
+        real = judged(judge, params["fake"], x0, cond, real_key)
+        fake = judged(judge, params["fake"], x, cond, fake_key)
         loss = error.mean() + judge_weight * adversarial.discriminator(real, fake).mean()
         logits = {"logit_real": losses.mean_flat(real), "logit_fake": losses.mean_flat(fake)}
         return loss, {"loss_score": error} | logits
@@ -248,7 +248,7 @@ def dmd2(
         matching = matching_loss(x, jax.lax.stop_gradient(matching_gradient(held, real, fake)))
         if judge is None:
             return matching.mean(), {"loss_matching": matching}
-        logits = judged(params["fake"], x, cond, judge_key)
+        logits = judged(judge, params["fake"], x, cond, judge_key)
         fooled = losses.mean_flat(adversarial.generator(logits, logits))
         return matching.mean() + gan_weight * fooled.mean(), {"loss_matching": matching, "loss_gan": fooled}
 

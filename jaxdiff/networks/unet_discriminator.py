@@ -5,7 +5,7 @@
 learned query each. New heads end in zeros, so that a discriminator starts undecided. Losses and penalties are not here;
 neither is any schedule: noise is added before, by whoever calls.
 
-Source: Xu et al. 2023 (arXiv:2306.12816) and Xu et al. 2023 (arXiv:2311.09257) for the UNet; Lin et al. 2025
+Source: Xu et al. 2023 (arXiv:2306.12511) and Xu et al. 2023 (arXiv:2311.09257) for the UNet; Lin et al. 2025
 (arXiv:2501.08316) section 3 for the heads on features.
 """
 
