@@ -11,14 +11,13 @@ or:      jaxdiff train experiments/sd_lcm.py --workdir runs/sd_lcm_lora --set lo
 Reached: not run at scale yet.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxdiff import runs, schedules
+from jaxdiff.data.latents import Latents, RandomLatents
 from jaxdiff.data.pipeline import batches
 from jaxdiff.methods.lcm import lcm
 from jaxdiff.networks import partition
@@ -28,48 +27,6 @@ from jaxdiff.networks.unet import example_inputs
 from jaxdiff.networks.unet_presets import stable_diffusion_unet
 from jaxdiff.training import ema
 from jaxdiff.training.experiment import Experiment
-
-
-class Latents:
-    """A source over arrays that stay on disk: latents.npy [n, h, w, 4], context.npy [n, tokens, width].
-
-    Attributes:
-      null_context: [tokens, width] from null_context.npy, the embedding of the empty text.
-    """
-
-    def __init__(self, folder: str):
-        missing = [n for n in ("latents", "context", "null_context") if not (Path(folder) / f"{n}.npy").is_file()]
-        if missing:
-            raise ValueError(f"{folder} has no {missing[0]}.npy, expected latents, context and null_context; write it")
-        self._latents, self._context, self.null_context = (
-            np.load(Path(folder) / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in ("latents", "context", "null_context")
-        )
-        if len(self._latents) != len(self._context) or self._context.shape[1:] != self.null_context.shape:
-            raise ValueError(
-                f"{folder}: expected a context for each latent, of the null context's shape {self.null_context.shape}, "
-                f"got {self._latents.shape} and {self._context.shape}; write them again"
-            )
-
-    def __len__(self) -> int:
-        return len(self._latents)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"x0": self._latents[index], "context": self._context[index].astype(np.float32)}
-
-
-class RandomLatents:
-    """Noise in the shape of `Latents`, for smoke mode."""
-
-    null_context = np.zeros((2, 8), np.float32)
-
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng(index)
-        draw = rng.standard_normal((8 * 8 * 4 + 2 * 8,), np.float32)
-        return {"x0": draw[:256].reshape(8, 8, 4), "context": draw[256:].reshape(2, 8)}
 
 
 def build(
@@ -92,8 +49,8 @@ def build(
     sample_every: int = 1000,
     smoke: bool = False,
 ) -> Experiment:
-    """Settings: data is a folder, see `Latents`; lora_rank 0 trains all parameters, with w as an input. w goes from
-    min_guidance to max_guidance; target_ema is the decay of the target, which LoRA does without.
+    """Settings: data is a folder, see `data.latents`; lora_rank 0 trains all parameters, with w as an input. w goes
+    from min_guidance to max_guidance; target_ema is the decay of the target, which LoRA does without.
     """
     unet = stable_diffusion_unet(1).clone(dtype=jnp.bfloat16 if bf16 else jnp.float32)
     if smoke:
@@ -101,7 +58,7 @@ def build(
         unet = unet.clone(
             base_channels=32, channel_mult=(1,), num_res_blocks=1, attention_factors=(1,), num_heads=1, context_dim=8
         )
-    source = RandomLatents() if smoke else Latents(data)
+    source = RandomLatents() if smoke else Latents(data, guided=True)
     old = init_params(unet, jax.random.key(0), *example_inputs(unet)) if smoke else runs.teacher_params(teacher)
     guided = unet if lora_rank else unet.clone(guidance_dim=256)
 

@@ -10,14 +10,13 @@ then:    jaxdiff train experiments/sd_ufogen.py --workdir runs/sd_ufogen
 Reached: not run at scale yet.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxdiff import one_step, parameterization, runs, schedules
+from jaxdiff.data.latents import Latents, RandomLatents
 from jaxdiff.data.pipeline import batches
 from jaxdiff.methods.ufogen import chain_jumps, ufogen
 from jaxdiff.networks import partition
@@ -27,40 +26,6 @@ from jaxdiff.networks.unet_discriminator import UNetDiscriminator, from_backbone
 from jaxdiff.networks.unet_presets import stable_diffusion_unet
 from jaxdiff.training import ema
 from jaxdiff.training.experiment import Experiment
-
-
-class Latents:
-    """A source over arrays that stay on disk: latents.npy [n, h, w, 4], context.npy [n, tokens, width]."""
-
-    def __init__(self, folder: str):
-        missing = [name for name in ("latents", "context") if not (Path(folder) / f"{name}.npy").is_file()]
-        if missing:
-            raise ValueError(f"{folder} has no {missing[0]}.npy, expected latents and context; write it")
-        self._latents, self._context = (
-            np.load(Path(folder) / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("latents", "context")
-        )
-        if len(self._latents) != len(self._context):
-            raise ValueError(
-                f"{folder}: expected a context for each latent, got {self._latents.shape} and {self._context.shape}; "
-                "write them again"
-            )
-
-    def __len__(self) -> int:
-        return len(self._latents)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"x0": self._latents[index], "context": self._context[index].astype(np.float32)}
-
-
-class RandomLatents:
-    """Noise in the shape of `Latents`, for smoke mode."""
-
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        draw = np.random.default_rng(index).standard_normal((8 * 8 * 4 + 2 * 8,), np.float32)
-        return {"x0": draw[:256].reshape(8, 8, 4), "context": draw[256:].reshape(2, 8)}
 
 
 def build(
@@ -84,7 +49,7 @@ def build(
     sample_every: int = 1000,
     smoke: bool = False,
 ) -> Experiment:
-    """Settings: data is a folder, see `Latents`; jump is t - s; last_share of the examples are pure noise."""
+    """Settings: data is a folder, see `data.latents`; jump is t - s; last_share of the examples are pure noise."""
     unet = stable_diffusion_unet(1).clone(dtype=jnp.bfloat16 if bf16 else jnp.float32)
     if smoke:
         num_steps, batch_size, checkpoint_every, sample_every = 4, 4, 2, 4
