@@ -30,7 +30,7 @@ def build(
     teacher: str = "runs/ladder/teacher",
     distil: bool = True,
     num_levels: int = 8,
-    end_levels: int = 160,
+    end_levels: int = 64,
     sigma_max: float = 20.0,
     target_ema: float = 0.95,
     huber: float = 0.1,
