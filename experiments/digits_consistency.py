@@ -3,7 +3,7 @@
 Paper: Song et al. 2023 (arXiv:2303.01469) algorithms 2 and 3, with a pseudo-Huber distance, which at this size is
 steadier than the paper's squared one.
 Command: jaxdiff train experiments/digits_consistency.py --workdir runs/ladder/cd-0 (needs digits_edm.py's run first)
-Expected: docs/ladder.md has the figures of three seeds.
+Expected: docs/ladder.md has what was measured.
 """
 
 import jax

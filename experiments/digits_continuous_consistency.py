@@ -2,7 +2,7 @@
 
 Paper: Lu and Song 2024 (arXiv:2410.11081) algorithm 1, with a short tangent warm-up.
 Command: jaxdiff train experiments/digits_continuous_consistency.py --workdir runs/ladder/scd-0 (after digits_edm.py's)
-Expected: docs/ladder.md has the figures of three seeds.
+Expected: docs/ladder.md has what was measured.
 """
 
 import jax

@@ -2,7 +2,7 @@
 
 Paper: Geng et al. 2024 (arXiv:2406.14548): the teacher's weights, a gap between two levels that narrows in stages.
 Command: jaxdiff train experiments/digits_easy_consistency.py --workdir runs/ladder/ect-0 (needs digits_edm.py's run)
-Expected: docs/ladder.md has the figures of three seeds.
+Expected: docs/ladder.md has what was measured.
 """
 
 import jax

@@ -6,7 +6,7 @@ Command: jaxdiff train experiments/digits_guided_distillation.py --workdir runs/
              --set first=True --set num_steps=1200 (needs digits_edm.py's run first)
 then:    jaxdiff train experiments/digits_guided_distillation.py --workdir runs/ladder/guided-0
              --set teacher=runs/ladder/guided-first-0
-Expected: docs/ladder.md has the figures of three seeds.
+Expected: docs/ladder.md has what was measured.
 """
 
 import jax

@@ -3,7 +3,7 @@
 Paper: Song and Dhariwal 2024 (arXiv:2310.14189): no target average, pseudo-Huber distance, N doubling; the paper starts
 from random weights, here from the teacher's, so that the compute is that of the other rows.
 Command: jaxdiff train experiments/digits_improved_consistency.py --workdir runs/ladder/ict-0 (after digits_edm.py's)
-Expected: docs/ladder.md has the figures of three seeds.
+Expected: docs/ladder.md has what was measured.
 """
 
 import jax

@@ -2,7 +2,7 @@
 
 Paper: Luo et al. 2023 (arXiv:2310.04378): a guided teacher's DDIM step over many levels at once, w as an input.
 Command: jaxdiff train experiments/digits_lcm.py --workdir runs/ladder/lcm-0 (needs digits_edm.py's run first)
-Expected: docs/ladder.md has the figures of three seeds.
+Expected: docs/ladder.md has what was measured.
 """
 
 import jax

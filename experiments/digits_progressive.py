@@ -3,7 +3,7 @@
 Paper: Salimans and Ho 2022 (arXiv:2202.00512) algorithm 2 on the noise levels of EDM, as in the release of consistency
 models; rounds of equal length, the last two twice as long.
 Command: jaxdiff train experiments/digits_progressive.py --workdir runs/ladder/pd-0 (needs digits_edm.py's run first)
-Expected: docs/ladder.md has the figures of three seeds.
+Expected: docs/ladder.md has what was measured.
 """
 
 import jax
