@@ -3,7 +3,7 @@
 Paper: Xiao et al. 2022 (arXiv:2112.07804), which trains from random weights (`scratch`) with an NCSN++ generator. Here
 the generator is the teacher's UNet with a latent, so that one core suffices.
 Command: jaxdiff train experiments/digits_ddgan.py --workdir runs/ladder/ddgan-0 (needs digits_edm.py's run first)
-Expected: at 4 calls within 1.5 times the teacher's Frechet distance at 50 (docs/ladder.md).
+Expected: at 4 calls within 1.5 times the teacher's Frechet distance at 50; not measured yet.
 """
 
 import jax
