@@ -31,7 +31,12 @@ def test_devices_share_every_batch(sizes, batch_size, rows):
     assert set(map(repr, seen)) == {repr((rows, {rows // 4}))}
 
 
-def test_a_jitted_extractor_compiles_once():
-    jitted = jax.jit(extractor().apply)
-    extract(Extractor("squares", "none", jitted), IMAGES, batch_size=8, mesh=sharding.make_mesh(4))
-    assert jitted._cache_size() == 1
+def test_a_jitted_extractor_is_traced_once():
+    shapes = []
+
+    def apply(images):
+        shapes.append(images.shape)
+        return extractor().apply(images)
+
+    extract(Extractor("squares", "none", jax.jit(apply)), IMAGES, batch_size=8, mesh=sharding.make_mesh(4))
+    assert shapes == [(8, 4, 4, 3)]
