@@ -3,7 +3,7 @@
 Paper: Meng et al. 2023 (arXiv:2210.03142). Stage one matches the guided teacher at every w; stage two is progressive
 distillation of that student down to one step.
 Command: jaxdiff train experiments/digits_guided_distillation.py --workdir runs/ladder/guided-first-0
-             --set first=True --set num_steps=1200 (needs digits_edm.py's run first)
+             --set first=True --set num_steps=500 (needs digits_edm.py's run first)
 then:    jaxdiff train experiments/digits_guided_distillation.py --workdir runs/ladder/guided-0
              --set teacher=runs/ladder/guided-first-0
 Expected: docs/ladder.md has what was measured.
@@ -35,7 +35,7 @@ def build(
     first: bool = False,
     max_guidance: float = 2.0,
     first_steps: int = 32,
-    num_steps: int = 2600,
+    num_steps: int = 1300,
     batch_size: int = 64,
     lr: float = 1e-3,
     width: int = 16,

@@ -29,10 +29,10 @@ def build(
     teacher: str = "runs/ladder/teacher",
     chain_length: int = 1000,
     num_ddim_steps: int = 50,
-    max_guidance: float = 2.0,
+    max_guidance: float = 0.5,
     target_ema: float = 0.95,
-    huber: float = 0.1,
-    num_steps: int = 3300,
+    huber: float = 0.01,
+    num_steps: int = 2000,
     batch_size: int = 64,
     lr: float = 5e-4,
     width: int = 16,
@@ -82,6 +82,7 @@ def build(
         distance=elementwise_huber(huber),
         num_ddim_steps=num_ddim_steps,
         sigma_data=SIGMA_DATA,
+        clip=1.0,
         num_steps=1,
     )
     rate = optax.warmup_cosine_decay_schedule(0.0, lr, min(100, num_steps // 4 + 1), max(num_steps, 2), lr / 20)

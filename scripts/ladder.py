@@ -26,6 +26,7 @@ TEACHER_CALLS = (50, 4, 2, 1)
 NUM = 1536
 METRICS = ("frechet", "kernel", "accuracy", "nearest", "recall")
 GRID = 10
+CORES, CORES_LOCK = sorted(getattr(os, "sched_getaffinity", lambda _: {0})(0)), threading.Lock()
 
 
 class Row(NamedTuple):
@@ -50,7 +51,12 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("cd", "consistency distillation", "digits_consistency.py"),
-    Row("ct", "consistency training", "digits_consistency.py", {"distil": False}),
+    Row(
+        "ct",
+        "consistency training",
+        "digits_consistency.py",
+        {"distil": False, "end_levels": 96, "target_ema": 0.9, "huber": 0.01, "lr": 5e-4, "num_steps": 2300},
+    ),
     Row("ict", "improved consistency training", "digits_improved_consistency.py"),
     Row("ect", "easy consistency tuning", "digits_easy_consistency.py", calls=(1, 2)),
     Row("scd", "continuous-time distillation (sCD)", "digits_continuous_consistency.py"),
@@ -61,7 +67,7 @@ ROWS = (
         {"distil": False, "num_steps": 4000},
     ),
     Row("pd", "progressive distillation", "digits_progressive.py", calls=(1,)),
-    Row("guided-first", "", "digits_guided_distillation.py", {"first": True, "num_steps": 1200}, calls=()),
+    Row("guided-first", "", "digits_guided_distillation.py", {"first": True, "num_steps": 500}, calls=()),
     Row("guided", "guided distillation", "digits_guided_distillation.py", calls=(1,), before="guided-first"),
     Row("lcm", "latent consistency distillation, on pixels", "digits_lcm.py"),
 )
@@ -89,10 +95,18 @@ def main() -> int:
     if not args.no_train:
         train(teacher, EXPERIMENTS / TEACHER, {})
         locks = {f"{row.name}-{seed}": threading.Lock() for seed in seeds for row in ROWS}
-        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        with concurrent.futures.ThreadPoolExecutor(args.jobs, initializer=own_core) as pool:
             list(pool.map(lambda p: train_row(p[0], p[1], args.runs, locks), planned))
     report(teacher, [run for run in planned if run[0].calls], args.out, args.note)
     return 0
+
+
+def own_core() -> None:
+    """Keeps this thread, and the processes it starts, to a core that no other thread has taken (on Linux)."""
+    if hasattr(os, "sched_setaffinity"):
+        with CORES_LOCK:
+            CORES.append(CORES.pop(0))
+            os.sched_setaffinity(0, {CORES[-1]})
 
 
 def train_row(row: Row, seed: int, folder: Path, locks: dict[str, threading.Lock]) -> Path:

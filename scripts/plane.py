@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MIXTURE, ABOUT = toy.gaussian_grid(5), "a grid of 25 Gaussians of deviation 0.025 over [-1, 1]^2"
 NUM, ANGLES, SHOWN, CHUNK = 50_000, (np.arange(64) + 0.5) * np.pi / 64, 1500, 250
 SCALE: dict[str, Any] = {"sigma_data": 0.7075, "sigma_max": 10.0}
+POINTS: dict[str, Any] = {**SCALE, "clip": None}
 PATH, BETAS = schedules.cosine(-4.6, 12.0), schedules.scaled_linear_betas(1000)
 MODULE = MLP(2, 64, time_features=functools.partial(fourier_embedding, fastest=16.0), num_classes=2, null_label=True)
 NET, FORWARD = as_network(MODULE), as_network(MODULE, forward_mode=True)
@@ -114,21 +115,21 @@ BUILD = {
     "teacher": lambda _, n, **s: edm(NET, init_params=fresh, null_label=2, **s, **SCALE),
     "cd": lambda teacher, n, *, levels, mu, huber: consistency.consistency_distillation(
         NET, teacher_params=teacher, curriculum=consistency.fixed(levels, mu), distance=losses.pseudo_huber(huber),
-        **SCALE
+        **POINTS
     ),
     "ct": lambda _, n, *, first, last, mu, huber: consistency.consistency_training(
         NET, init_params=fresh, curriculum=doubling(first, last, n, mu), distance=losses.pseudo_huber(huber),
-        weight=lambda level: 1 / level.sigma, **SCALE
+        weight=lambda level: 1 / level.sigma, **POINTS
     ),
     "ccd": lambda teacher, n: consistency.continuous_time_consistency(
-        FORWARD, loss=consistency.pseudo_l2, teacher_params=teacher, **SCALE
+        FORWARD, loss=consistency.pseudo_l2, teacher_params=teacher, **POINTS
     ),
     "cct": lambda teacher, n: consistency.continuous_time_consistency(
-        FORWARD, loss=consistency.pseudo_l2, init_params=start(teacher), **SCALE
+        FORWARD, loss=consistency.pseudo_l2, init_params=start(teacher), **POINTS
     ),
     "ict": lambda _, n, *, first, last, huber, **s: improved_consistency.improved_consistency(
         NET, init_params=fresh, num_levels=improved_consistency.doubling_levels(first, last, n),
-        distance=losses.pseudo_huber(huber), **s, **SCALE
+        distance=losses.pseudo_huber(huber), **s, **POINTS
     ),
     "ect": lambda teacher, n, *, stages, huber, **s: easy_consistency.easy_consistency(
         NET, init_params=start(teacher), steps_per_stage=n // stages, distance=losses.pseudo_huber(huber), **s, **SCALE
@@ -239,7 +240,7 @@ def run(row: Row, seed: int, folder: Path) -> None:
         params, aux = train(method, recipe, seed)
     found = {"settings": settings_of(row), "cpu_s": time.process_time() - began}
     noise = jax.random.normal(jax.random.key(100 + seed), (NUM, 2))  # the same for every row of a seed
-    cond, key = {"label": jnp.arange(NUM) % 2}, jax.random.key(seed)
+    cond, key = {"label": jnp.asarray(MIXTURE.draw(np.random.default_rng(7), NUM)[1] % 2)}, jax.random.key(seed)
     for n in (50, 1) if row is TEACHER else (1,):
         generate = functools.partial(method.generate, key=key, noise=noise, cond=cond, sampling=Sampling(num_steps=n))
         points = np.asarray(jax.jit(generate)({"model": params}, aux))

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxdiff import losses, parameterization, process, schedules, times, weighting
-from jaxdiff.denoiser import denoiser
+from jaxdiff.denoiser import clip_x0, denoiser
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling, copied, read_batch
 from jaxdiff.schedules import Schedule
 from jaxdiff.solvers.base import Solver, sample
@@ -115,6 +115,7 @@ def consistency_distillation(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
+    clip: float | None = 1.0,
     num_steps: int = 1,
 ) -> Method:
     """Consistency distillation. Batches are {"x0": [B, ...], further arrays as conditioning}.
@@ -131,6 +132,7 @@ def consistency_distillation(
       solver: schedule -> deterministic single-step Solver for the teacher's step: `heun` or `euler`.
       sigma_data: standard deviation of the data.
       sigma_min, sigma_max, rho: of the Karras grid. The result at sigma_min is x_t itself.
+      clip: bound of |f| at every step of sampling, as the release's sampler has it; None for latents.
       num_steps: default of `generate`.
 
     Returns:
@@ -157,7 +159,8 @@ def consistency_distillation(
 
     curriculum = fixed(18, 0.0) if curriculum is None else curriculum
     function = _function(network, sigma_data, grid)
-    return _discrete(function, grid, num_steps, init, next_point, curriculum, distance, weight)
+    generate = _generate(function, grid, clip, num_steps, curriculum.last_levels)
+    return _discrete(function, generate, grid, init, next_point, curriculum, distance, weight)
 
 
 def consistency_training(
@@ -171,6 +174,7 @@ def consistency_training(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
+    clip: float | None = 1.0,
     num_steps: int = 1,
 ) -> Method:
     """Consistency training: no teacher, x_s = x0 + s eps with the eps of x_t. aux is {"target"}.
@@ -191,7 +195,8 @@ def consistency_training(
         return {"model": student}, {"target": copied(student)}
 
     function = _function(network, sigma_data, grid)
-    return _discrete(function, grid, num_steps, init, next_point, curriculum, distance, weight)
+    generate = _generate(function, grid, clip, num_steps, curriculum.last_levels)
+    return _discrete(function, generate, grid, init, next_point, curriculum, distance, weight)
 
 
 def continuous_time_consistency(
@@ -205,6 +210,7 @@ def continuous_time_consistency(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
+    clip: float | None = 1.0,
     num_steps: int = 1,
 ) -> Method:
     """The limit N -> infinity: the rate at which f changes along the path must be zero.
@@ -216,7 +222,7 @@ def continuous_time_consistency(
         gradient stopped, `pseudo_l2` and `pseudo_in(distance)`.
       teacher_params: gives the direction of the path; None takes it from the data (consistency training).
       teacher, init_params: as for `consistency_distillation`; without a teacher init_params is needed.
-      sigma_data, sigma_min, sigma_max, rho, num_steps: as for `consistency_distillation`; t^(1/rho) is uniform.
+      sigma_data, sigma_min, sigma_max, rho, clip, num_steps: as for `consistency_distillation`; t^(1/rho) is uniform.
 
     Returns:
       Method with the player "model"; aux is {"teacher"}, or empty.
@@ -246,7 +252,7 @@ def continuous_time_consistency(
         student = function(params["model"], cond, train=True, key=network_key)
         return loss(*rate_of_change(student, known, x_t, t)).mean(), {}
 
-    return Method(init, (Objective("model", objective),), _generate(function, grid, num_steps, None))
+    return Method(init, (Objective("model", objective),), _generate(function, grid, clip, num_steps, None))
 
 
 def rate_of_change(student: Denoiser, known: Denoiser, x_t: Array, t: Array) -> tuple[Array, Array]:
@@ -306,7 +312,7 @@ def _function(network: Network, sigma_data: float, grid: _Karras) -> Callable[..
     return lambda params, cond, **training: denoiser(network, params, schedule, meaning, cond, **training)
 
 
-def _generate(function: Callable[..., Denoiser], grid: _Karras, num_steps: int, levels: int | None) -> Callable:
+def _generate(function, grid: _Karras, clip: float | None, num_steps: int, levels: int | None) -> Callable:
     def points_of(n):
         """n of the training grid's points above sigma_min, or of any if it has no end."""
         last = n if levels is None else levels - 1
@@ -324,14 +330,14 @@ def _generate(function: Callable[..., Denoiser], grid: _Karras, num_steps: int, 
         n = num_steps if sampling.num_steps is None else sampling.num_steps
         points = jnp.asarray(points_of(n) if sampling.times is None else sampling.times, noise.dtype)
         make = sampling.solver or (lambda schedule: stochastic_iterative(schedule, grid.sigma_min))
-        return sample(make(schedule), function(params["model"], cond), key, points[0] * noise, points)
+        f = function(params["model"], cond)
+        f = f if clip is None else clip_x0(f, clip)
+        return sample(make(schedule), f, key, points[0] * noise, points)
 
     return generate
 
 
-def _discrete(function, grid: _Karras, num_steps, init, next_point, curriculum: Curriculum, distance, weight) -> Method:
-    generate = _generate(function, grid, num_steps, curriculum.last_levels)
-
+def _discrete(function, generate, grid: _Karras, init, next_point, curriculum: Curriculum, distance, weight) -> Method:
     def objective(params, aux, batch, key, step):
         x0, cond = read_batch(batch, "consistency")
         index_key, eps_key, network_key = jax.random.split(key, 3)

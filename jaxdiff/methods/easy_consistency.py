@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff import losses, parameterization, process, schedules, times
-from jaxdiff.denoiser import denoiser
+from jaxdiff.denoiser import clip_x0, denoiser
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling, read_batch
 from jaxdiff.solvers.base import sample
 from jaxdiff.solvers.stochastic_iterative import stochastic_iterative
@@ -86,6 +86,7 @@ def easy_consistency(
     sigma_min: float = 0.003,
     sigma_max: float = 80.0,
     mid_sigma: float = 0.821,
+    clip: float | None = None,
     num_steps: int = 2,
 ) -> Method:
     """Easy consistency tuning. Batches are {"x0": [B, ...], further arrays as conditioning}.
@@ -102,6 +103,7 @@ def easy_consistency(
       sigma_min: level that sampling leaves as it is; training has no lower end.
       sigma_max: level that sampling starts from.
       mid_sigma: level of the second of two steps, 0.821 on CIFAR-10.
+      clip: bound of |f| at every step of sampling; None, as in the release, for none.
       num_steps: default of `generate`.
 
     Returns:
@@ -155,6 +157,7 @@ def easy_consistency(
         grid = jnp.asarray(grid, noise.dtype)
         make = sampling.solver or stochastic_iterative
         f = denoiser(network, params["model"], schedule, drawing, cond)
+        f = f if clip is None else clip_x0(f, clip)
         return sample(make(schedule), f, key, grid[0] * noise, grid)
 
     return Method(init, (Objective("model", objective),), generate)

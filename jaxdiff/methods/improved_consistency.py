@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
 from jaxdiff import losses, parameterization, process, schedules, times, weighting
-from jaxdiff.denoiser import denoiser
+from jaxdiff.denoiser import clip_x0, denoiser
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling, read_batch
 from jaxdiff.solvers.base import sample
 from jaxdiff.solvers.stochastic_iterative import stochastic_iterative
@@ -111,6 +111,7 @@ def improved_consistency(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
+    clip: float | None = 1.0,
     num_steps: int = 1,
 ) -> Method:
     """iCT. Batches are {"x0": [B, ...], further arrays as conditioning}.
@@ -123,6 +124,7 @@ def improved_consistency(
       log_mean, log_std: of ln(sigma) in training.
       sigma_data: standard deviation of the data.
       sigma_min, sigma_max, rho: of the Karras grid. The result at sigma_min is x_t itself.
+      clip: bound of |f| at every step of sampling; None for latents.
       num_steps: default of `generate`.
 
     Returns:
@@ -169,6 +171,7 @@ def improved_consistency(
         grid = jnp.asarray(grid, noise.dtype)
         make = sampling.solver or (lambda schedule: stochastic_iterative(schedule, sigma_min))
         f = denoiser(network, params["model"], schedule, meaning, cond)
+        f = f if clip is None else clip_x0(f, clip)
         return sample(make(schedule), f, key, grid[0] * noise, grid)
 
     return Method(init, (Objective("model", objective),), generate)

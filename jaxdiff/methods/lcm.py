@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float64, Int
 
 from jaxdiff import losses, process, schedules
 from jaxdiff import parameterization as parameterizations
-from jaxdiff.denoiser import denoiser
+from jaxdiff.denoiser import clip_x0, denoiser
 from jaxdiff.guidance import classifier_free, with_guidance
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling, copied, keep, read_batch
 from jaxdiff.parameterization import Parameterization
@@ -135,6 +135,7 @@ def lcm(
     num_ddim_steps: int = 50,
     sigma_data: float = 0.5,
     time_scale: float = 10.0,
+    clip: float | None = None,
     num_steps: int = 4,
 ) -> Method:
     """Latent consistency distillation. Batches are {"x0": latents [B, ...], further arrays [B, ...] as conditioning}.
@@ -158,6 +159,7 @@ def lcm(
       distance: None for `elementwise_huber()`.
       num_ddim_steps: number of the teacher's steps, divides T.
       sigma_data, time_scale: see `boundary_scalings`.
+      clip: bound of |f| at every step of sampling, 1 for images; None for latents.
       num_steps: default number of sampling steps.
 
     Returns:
@@ -225,6 +227,7 @@ def lcm(
             denoise = function(params["model"], aux, cond)
         else:
             denoise = classifier_free(lambda c: function(params["model"], aux, c), cond, null_cond(cond), scale)
+        denoise = denoise if clip is None else clip_x0(denoise, clip)
         grid = sampling.times
         if grid is None:
             n = num_steps if sampling.num_steps is None else sampling.num_steps

@@ -285,7 +285,7 @@ def test_weight_and_distance_are_what_was_given():
 
 
 def test_samples_are_the_ends_of_their_paths():
-    method = consistency_distillation(exact, teacher_params=jnp.zeros(()))
+    method = consistency_distillation(exact, teacher_params=jnp.zeros(()), clip=None)
     params, aux = method.init(KEY, BATCH)
     noise = jax.random.normal(KEY, (4000, 2))
     one = method.generate(params, aux, KEY, noise, {}, Sampling())
@@ -297,6 +297,18 @@ def test_samples_are_the_ends_of_their_paths():
     of_grid = times.karras(18)[[0, 8]]  # the middle is a point that was trained
     chosen = method.generate(params, aux, KEY, noise, {}, Sampling(times=jnp.asarray(of_grid, jnp.float32)))
     np.testing.assert_allclose(chosen, two, rtol=1e-4, atol=1e-4)
+
+
+def test_every_step_is_clipped_before_it_is_noised():
+    method = consistency_distillation(exact, teacher_params=jnp.zeros(()))
+    params, aux = method.init(KEY, BATCH)
+    noise = jax.random.normal(KEY, (64, 2))
+    one = method.generate(params, aux, KEY, noise, {}, Sampling())
+    np.testing.assert_allclose(one, jnp.clip(end_of_path(HIGH * noise, jnp.full(64, HIGH)), -1, 1), rtol=1e-3, atol=1e-3)
+    high, low = (jnp.asarray([HIGH, s], jnp.float32) for s in (0.3, LOW))
+    two, kept = (method.generate(params, aux, KEY, noise, {}, Sampling(times=grid)) for grid in (high, low))
+    np.testing.assert_allclose(kept, one, atol=1e-3)  # the lowest level adds no noise and changes nothing
+    assert float(jnp.abs(two).max()) <= 1 and not np.allclose(two, one, atol=0.05)
 
 
 @pytest.mark.parametrize("name", METHODS)
