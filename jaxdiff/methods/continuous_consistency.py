@@ -234,6 +234,7 @@ def scm(
     sigma_max: float = 80.0,
     warmup_steps: int = 10_000,
     form: Form = PAPER,
+    adaptive_weight: bool = True,
     second_time: float = 1.1,
     num_steps: int = 2,
 ) -> Method:
@@ -253,6 +254,7 @@ def scm(
       sigma_max: sampling starts at t = arctan(sigma_max / sd).
       warmup_steps: the second part of the tangent grows linearly over this many steps.
       form: normalisation and weight; see `PAPER`, `EXTRA_PRIOR`, `FASTGEN`.
+      adaptive_weight: whether the weight w(t) is learned; False leaves it at 0, better where g has few values.
       second_time: t of the second sampling step.
       num_steps: number of sampling steps without `Sampling.num_steps`; more than two are spread below second_time.
 
@@ -289,7 +291,7 @@ def scm(
         ratio = jnp.minimum(jnp.asarray(step, t.dtype) / warmup_steps, 1)
         g = tangent(frozen, jvp, velocity, u_t, t, ratio)
         f = network(params["network"], u_t, t, cond, **about)
-        w = learned_weight(params["weight"], t, sigma_data)
+        w = learned_weight(params["weight"], t, sigma_data) if adaptive_weight else jnp.zeros_like(t)
         loss, error = scm_loss(f, frozen, g, t, w, form=form, sigma_data=sigma_data)
         return loss.mean(), {"mse": error, "tangent": jnp.sqrt(mse(g, jnp.zeros_like(g)))}
 

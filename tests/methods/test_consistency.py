@@ -304,7 +304,9 @@ def test_every_step_is_clipped_before_it_is_noised():
     params, aux = method.init(KEY, BATCH)
     noise = jax.random.normal(KEY, (64, 2))
     one = method.generate(params, aux, KEY, noise, {}, Sampling())
-    np.testing.assert_allclose(one, jnp.clip(end_of_path(HIGH * noise, jnp.full(64, HIGH)), -1, 1), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        one, jnp.clip(end_of_path(HIGH * noise, jnp.full(64, HIGH)), -1, 1), rtol=1e-3, atol=1e-3
+    )
     high, low = (jnp.asarray([HIGH, s], jnp.float32) for s in (0.3, LOW))
     two, kept = (method.generate(params, aux, KEY, noise, {}, Sampling(times=grid)) for grid in (high, low))
     np.testing.assert_allclose(kept, one, atol=1e-3)  # the lowest level adds no noise and changes nothing

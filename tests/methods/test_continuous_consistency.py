@@ -124,6 +124,21 @@ def test_normalisation_bounds_the_tangent():
     assert np.asarray(cc.clipped()(g)[:, 0]) == pytest.approx([1, 0.3, 0])
 
 
+def test_without_the_adaptive_weight_the_loss_is_the_squared_tangent():
+    for adaptive in (True, False):
+        method = make(adaptive_weight=adaptive, form=cc.Form(lambda g: g, cc.no_weight))
+        params, aux = start(method, params_of(b=0.5))
+        params["model"]["weight"]["bias"] = jnp.asarray(0.7)  # as if learned
+
+        def loss(params, method=method, aux=aux):
+            return method.objectives[0].loss(params, aux, batch_of(), KEY, STEP)
+
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        expected = np.exp(0.7) * metrics["mse"].mean() - 0.7 if adaptive else metrics["mse"].mean()
+        assert float(value) == pytest.approx(float(expected), rel=1e-5) and float(value) != 0
+        assert bool(gradient["model"]["weight"]["bias"]) == adaptive
+
+
 def test_no_gradient_reaches_the_teacher_and_none_passes_through_the_derivative():
     method = make(**TEACHER)
     params, aux = start(method, params_of(-0.7, 0.2))

@@ -157,5 +157,8 @@ def test_refused_when_traced():
         run_loss(method, params, {"image": X0})
     with pytest.raises(ValueError, match="has times for 1 or 2 steps, got 3"):
         method.generate(params, aux, KEY, X0, {}, Sampling(num_steps=3))
+    free, bound = (make(clip=c).generate(params, aux, KEY, 3 * X0, {}, Sampling(num_steps=1)) for c in (None, 0.1))
+    np.testing.assert_allclose(bound, jnp.clip(free, -0.1, 0.1), rtol=1e-6)
+    assert float(jnp.abs(free).max()) > 0.1
     with pytest.raises(ValueError, match="takes no guidance_scale"):
         method.generate(params, aux, KEY, X0, {}, Sampling(guidance_scale=jnp.float32(2)))

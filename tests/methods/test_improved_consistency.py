@@ -151,6 +151,9 @@ def test_sampling():
     np.testing.assert_array_equal(lowest, jnp.float32(LOW) * noise)
     two = method.generate(params, aux, KEY, noise, {}, Sampling(times=jnp.array([HIGH, 0.821])))
     assert two.shape == noise.shape and not np.allclose(two, method.generate(params, aux, KEY, noise, {}, Sampling()))
+    free, bound = (make(clip=c).generate(params, aux, KEY, 3 * noise, {}, Sampling()) for c in (None, 0.1))
+    np.testing.assert_allclose(bound, jnp.clip(free, -0.1, 0.1), rtol=1e-6)
+    assert float(jnp.abs(free).max()) > 0.1
     with pytest.raises(ValueError, match="takes no guidance_scale"):
         method.generate(params, aux, KEY, noise, {}, Sampling(guidance_scale=jnp.float32(2)))
 

@@ -66,6 +66,15 @@ def test_index_zero_is_its_own_image():
     assert (same == noise).all()
 
 
+def test_every_step_is_clipped_where_a_bound_is_given():
+    params, aux = make().init(KEY, {})
+    noise = jax.random.normal(KEY, (3, 2))
+    for n in (1, 3):
+        free, bound = (make(clip=c).generate(params, aux, KEY, noise, {}, Sampling(num_steps=n)) for c in (None, 0.5))
+        np.testing.assert_allclose(free, jnp.broadcast_to(POINT, (3, 2)), atol=1e-3)
+        np.testing.assert_allclose(bound, jnp.clip(free, -0.5, 0.5), atol=1e-6)
+
+
 def test_a_step_skips_a_stride_and_stops_at_index_zero():
     t, s = lcm.skipping_indices(jnp.array([0, 1, 49]))
     assert t.tolist() == [19, 39, 999] and s.tolist() == [0, 19, 979]
