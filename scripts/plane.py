@@ -340,7 +340,8 @@ def picture(rows: list[Row], seed: int, folder: Path, images: Path) -> None:
 
 PAGE = """# The plane
 
-One teacher, every method that makes it generate in one step, in the plane, on {about}.
+One teacher, every method that makes it generate in one step, in the plane, on
+{about}.
 A row trains in a minute or two on one core of a CPU. `python scripts/plane.py` trains what is missing and writes this
 page; what the rows are stands in that file.
 
