@@ -45,7 +45,7 @@ NUM, ANGLES, SHOWN, CHUNK = 50_000, (np.arange(64) + 0.5) * np.pi / 64, 1500, 25
 SCALE: dict[str, Any] = {"sigma_data": 0.7089, "sigma_max": 10.0}
 POINTS: dict[str, Any] = {**SCALE, "clip": None}
 PATH, BETAS = schedules.cosine(-4.6, 12.0), schedules.scaled_linear_betas(1000)
-MODULE = MLP(2, 64, time_features=functools.partial(fourier_embedding, fastest=16.0), num_classes=2, null_label=True)
+MODULE = MLP(2, 64, time_features=functools.partial(fourier_embedding, fastest=4.0), num_classes=2, null_label=True)
 NET, FORWARD = as_network(MODULE), as_network(MODULE, forward_mode=True)
 # With two values an example the tangent's norm is not nearly constant, as it is for images; it must hardly be bounded.
 FORM = continuous_consistency.Form(continuous_consistency.unit_norm(3.0), continuous_consistency.no_weight)
@@ -167,8 +167,8 @@ ROWS = (
     Row("cd", "consistency distillation", (("cd", Recipe(15_000, 1e-3), {"levels": 18, "mu": 0.95, "huber": 0.03}),)),
     Row("ct", "consistency training",
         (("ct", Recipe(15_000, 1e-3), {"first": 10, "last": 640, "mu": 0.5, "huber": 0.03}),)),
-    Row("ccd", "continuous-time CD", (("ccd", Recipe(15_000, 1e-3), {}),)),
-    Row("cct", "continuous-time CT", (("cct", Recipe(15_000, 1e-3), {}),)),
+    Row("ccd", "continuous-time CD", (("ccd", Recipe(15_000, 5e-4), {}),)),
+    Row("cct", "continuous-time CT", (("cct", Recipe(15_000, 5e-4), {}),)),
     Row("ict", "improved consistency training",
         (("ict", Recipe(15_000, 1e-3), {"first": 10, "last": 640, "huber": 0.03, **LEVELS}),)),
     Row("ect", "easy consistency tuning", (("ect", Recipe(15_000, 1e-3), {"stages": 10, "huber": 0.03, **LEVELS}),)),
