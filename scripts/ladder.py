@@ -8,6 +8,7 @@ repository and its settings. CPU seconds are those of the training processes, co
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import os
 import statistics
@@ -26,7 +27,7 @@ TEACHER_CALLS = (50, 4, 2, 1)
 NUM = 1536
 METRICS = ("frechet", "kernel", "accuracy", "nearest", "recall")
 GRID = 10
-CORES, CORES_LOCK = sorted(getattr(os, "sched_getaffinity", lambda _: {0})(0)), threading.Lock()
+CORES = itertools.cycle(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else None
 
 
 class Row(NamedTuple):
@@ -102,11 +103,9 @@ def main() -> int:
 
 
 def own_core() -> None:
-    """Keeps this thread, and the processes it starts, to a core that no other thread has taken (on Linux)."""
-    if hasattr(os, "sched_setaffinity"):
-        with CORES_LOCK:
-            CORES.append(CORES.pop(0))
-            os.sched_setaffinity(0, {CORES[-1]})
+    """Keeps this thread, and the processes it starts, to the next core in turn, where the system can (Linux)."""
+    if CORES is not None:
+        os.sched_setaffinity(0, {next(CORES)})
 
 
 def train_row(row: Row, seed: int, folder: Path, locks: dict[str, threading.Lock]) -> Path:

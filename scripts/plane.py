@@ -45,11 +45,10 @@ NUM, ANGLES, SHOWN, CHUNK = 50_000, (np.arange(64) + 0.5) * np.pi / 64, 1500, 25
 SCALE: dict[str, Any] = {"sigma_data": 0.7089, "sigma_max": 10.0}
 POINTS: dict[str, Any] = {**SCALE, "clip": None}
 PATH, BETAS = schedules.cosine(-4.6, 12.0), schedules.scaled_linear_betas(1000)
-MODULE = MLP(2, 64, time_features=functools.partial(fourier_embedding, fastest=4.0), num_classes=2, null_label=True)
+FASTEST = 4.0  # radians; faster waves of the time make the derivative in it rough
+EMBEDDING = functools.partial(fourier_embedding, fastest=FASTEST)
+MODULE = MLP(2, 64, time_features=EMBEDDING, num_classes=2, null_label=True)
 NET, FORWARD = as_network(MODULE), as_network(MODULE, forward_mode=True)
-# With two values an example the tangent's norm is not nearly constant, as it is for images; it must hardly be bounded.
-FORM = continuous_consistency.Form(continuous_consistency.unit_norm(3.0), continuous_consistency.no_weight)
-SCM: dict[str, Any] = {**SCALE, "form": FORM, "adaptive_weight": False}
 TRIG, TRIG_FORWARD = (continuous_consistency.from_edm(net, SCALE["sigma_data"]) for net in (NET, FORWARD))
 
 
@@ -108,6 +107,12 @@ def guidance(params: Params, schedule: schedules.Schedule) -> dict[str, Any]:
     return how | {"init_params": start(params, wider=True), "null_cond": unlabelled}
 
 
+def plain_scm(c: float, **settings: Any) -> Method:
+    """sCM with w(t) = 0 and g / (|g| + c): with two values an example, |g| is not nearly constant as for images."""
+    form = continuous_consistency.Form(continuous_consistency.unit_norm(c), continuous_consistency.no_weight)
+    return continuous_consistency.scm(TRIG_FORWARD, form=form, adaptive_weight=False, **settings, **SCALE)
+
+
 def doubling(first: int, last: int, steps: int, mu: float) -> consistency.Curriculum:
     """N doubles in equally long stages: it leaves the coarse grids later than the paper's root of k does."""
     levels = improved_consistency.doubling_levels(first, last, steps)
@@ -137,10 +142,8 @@ BUILD = {
     "ect": lambda teacher, n, *, stages, huber, **s: easy_consistency.easy_consistency(
         NET, init_params=start(teacher), steps_per_stage=n // stages, distance=losses.pseudo_huber(huber), **s, **SCALE
     ),
-    "scd": lambda teacher, n, **s: continuous_consistency.scm(
-        TRIG_FORWARD, teacher=TRIG, teacher_params=teacher, **s, **SCM
-    ),
-    "sct": lambda teacher, n, **s: continuous_consistency.scm(TRIG_FORWARD, init_params=start(teacher), **s, **SCM),
+    "scd": lambda teacher, n, *, c, **s: plain_scm(c, teacher=TRIG, teacher_params=teacher, **s),
+    "sct": lambda teacher, n, *, c, **s: plain_scm(c, init_params=start(teacher), **s),
     "round": lambda teacher, n, *, num_steps, w=None: progressive(
         guided_net if w else NET, teacher_params=teacher, num_steps=num_steps, head=single(meaning(PATH)),
         path=vp_path(PATH), guidance_range=w, clip=None
@@ -172,8 +175,8 @@ ROWS = (
     Row("ict", "improved consistency training",
         (("ict", Recipe(15_000, 1e-3), {"first": 10, "last": 640, "huber": 0.03, **LEVELS}),)),
     Row("ect", "easy consistency tuning", (("ect", Recipe(15_000, 1e-3), {"stages": 10, "huber": 0.03, **LEVELS}),)),
-    Row("scd", "sCD", (("scd", Recipe(15_000, 1e-3), {"warmup_steps": 500, **LEVELS}),)),
-    Row("sct", "sCT", (("sct", Recipe(15_000, 1e-3), {"warmup_steps": 500, **LEVELS}),)),
+    Row("scd", "sCD", (("scd", Recipe(15_000, 1e-3), {"c": 3.0, "warmup_steps": 500, **LEVELS}),)),
+    Row("sct", "sCT", (("sct", Recipe(15_000, 1e-3), {"c": 3.0, "warmup_steps": 500, **LEVELS}),)),
     Row("pd", "progressive distillation", rounds()),
     Row("guided", "guided distillation", (("guided", Recipe(3000, 1e-3), W), *rounds(**W))),
     Row("lcm", "LCM, on points", (("lcm", Recipe(12_000, 1e-3), {"huber": 0.03, "num_ddim_steps": 50, **W}),)),
@@ -220,7 +223,7 @@ def distance(points: np.ndarray) -> float:
 
 def settings_of(row: Row) -> Any:
     """All that a result depends on, in the form in which JSON gives it back."""
-    above = [SCALE, NUM, ABOUT, MODULE.features] if row is TEACHER else settings_of(TEACHER)
+    above = [SCALE, NUM, ABOUT, MODULE.features, FASTEST] if row is TEACHER else settings_of(TEACHER)
     return json.loads(json.dumps([row.stages, above]))
 
 
@@ -300,7 +303,7 @@ def page(found: dict[Row, dict[int, dict[str, Any]]], note: str) -> str:
     return PAGE.format(
         about=ABOUT, num=NUM, angles=len(ANGLES), floor=_spread(true, 4), best=_spread(best, 4),
         worst=_spread(worst, 3), table="\n".join(lines), settings="\n".join(settings), jax=jax.__version__,
-        width=MODULE.features, note=f"\n{note}\n" if note else "", **SCALE,
+        width=MODULE.features, fastest=FASTEST, note=f"\n{note}\n" if note else "", **SCALE,
     )  # fmt: skip
 
 
@@ -359,13 +362,14 @@ and at least 5 times better than its one.
 The parity of a component is its label, which teacher and students see. Guided distillation and LCM learn every
 w = guidance_scale - 1 of their range and are judged at w = 0, as the teacher is. ct and ict start from random weights,
 the other methods from the teacher's. ct is algorithm 3 with N that doubles in equally long stages and the weight
-1 / sigma; scd and sct see the teacher's network through `from_edm`. `consistency_decoder` decodes latents and has no
+1 / sigma; scd and sct see the teacher's network through `from_edm`, normalise the tangent as g / (|g| + c) and leave
+sCM's learned weight out. `consistency_decoder` decodes latents and has no
 plane.
 
 ![points](images/plane.png)
 
-Settings, with an MLP of three blocks of {width} features, sigma_data {sigma_data}, sigma_max {sigma_max},
-and points drawn afresh at every step:
+Settings, with an MLP of three blocks of {width} features, waves of ln(sigma) / 4 of up to {fastest} radians,
+sigma_data {sigma_data}, sigma_max {sigma_max}, and points drawn afresh at every step:
 
 {settings}
 
