@@ -20,7 +20,7 @@ from jaxdiff.metrics.pixels import pixel_extractor
 from jaxdiff.networks import ddgan_discriminators, ncsnpp
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.ncsnpp_presets import ddgan_generator
-from jaxdiff.training import ema
+from jaxdiff.training import alarms, ema
 from jaxdiff.training.experiment import Experiment
 
 
@@ -94,6 +94,7 @@ def build(
         accumulate=accumulate,
         num_steps=(epochs + 1) * steps_per_epoch,  # one more than the rate knows, as released
         seed=seed,
+        alarms=alarms.collapse(),
         log_every=log_every,
         checkpoint_every=checkpoint_every,
         sample_every=sample_every,

@@ -20,7 +20,7 @@ from jaxdiff.networks import ddgan_discriminators, partition
 from jaxdiff.networks.base import as_network, grown, init_params
 from jaxdiff.networks.ddgan_discriminators import DDGANDiscriminator
 from jaxdiff.networks.unet import UNet, example_inputs
-from jaxdiff.training import ema
+from jaxdiff.training import alarms, ema
 from jaxdiff.training.experiment import Experiment
 
 SIGMA_DATA = 0.752
@@ -125,6 +125,7 @@ def build(
         batch_size=batch_size,
         num_steps=num_steps,
         seed=seed,
+        alarms=alarms.collapse(),
         log_every=log_every,
         checkpoint_every=checkpoint_every,
         sample_every=sample_every,

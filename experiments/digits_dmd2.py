@@ -19,7 +19,7 @@ from jaxdiff.networks import partition
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.unet import UNet, example_inputs
 from jaxdiff.networks.unet_discriminator import UNetDiscriminator, as_judge, from_backbone
-from jaxdiff.training import ema
+from jaxdiff.training import alarms, ema
 from jaxdiff.training.experiment import Experiment
 
 SIGMA_DATA = 0.752
@@ -104,6 +104,7 @@ def build(
         batch_size=batch_size,
         num_steps=num_steps,
         seed=seed,
+        alarms=alarms.collapse(),
         log_every=log_every,
         checkpoint_every=checkpoint_every,
         sample_every=sample_every,

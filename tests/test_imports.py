@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each of these may import those before it.
 FLOOR = ("types", "schedules", "process", "parameterization", "times", "weighting", "losses")
-CORE = (*FLOOR, "denoiser", "guidance", "solvers", "editing", "one_step")
+CORE = (*FLOOR, "health", "denoiser", "guidance", "solvers", "editing", "one_step")
 MAY_IMPORT = {name: set(CORE[:i]) for i, name in enumerate(CORE)} | {
     "": set(CORE),  # jaxdiff/__init__.py
     "solvers": set(CORE),

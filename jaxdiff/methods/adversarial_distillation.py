@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxdiff import losses, one_step, process, times
+from jaxdiff import health, losses, one_step, process, times
 from jaxdiff.denoiser import denoiser
 from jaxdiff.losses import Adversarial
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling, copied, read_batch
@@ -152,7 +152,7 @@ def adversarial_distillation(
         return level_like(schedule, t, x0)
 
     def played(params, aux, batch, key):
-        """The prediction, and the heads' logits and features of data and prediction, each with noise of its own."""
+        """The prediction with its level, the judge's level, and the features of data and of a sample, noised apart."""
         x0, cond = read_batch(batch, "adversarial_distillation")
         index_key, eps_key, time_key, real_key, fake_key, network_key = jax.random.split(key, 6)
         s = jnp.asarray(grid, x0.dtype)[jax.random.randint(index_key, x0.shape[:1], 0, len(grid))]
@@ -161,20 +161,22 @@ def adversarial_distillation(
         denoise = denoiser(network, params["model"], schedule, parameterization, cond, train=True, key=network_key)
         prediction = denoise(x_s, s).x0
         t = judge_times(time_key, x0.shape[0]).astype(x0.dtype)
+        looked = level_of(t, x0)
 
         def seen(x, key):
-            noised = process.q_sample(x, jax.random.normal(key, x0.shape, x0.dtype), level_of(t, x0))
+            noised = process.q_sample(x, jax.random.normal(key, x0.shape, x0.dtype), looked)
             return features(aux["teacher"], *as_trained(noised, t), cond)
 
-        return prediction, cond, lambda: seen(x0, real_key), lambda x: seen(x, fake_key)
+        return (prediction, start), looked, lambda: seen(x0, real_key), lambda x: seen(x, fake_key)
 
     def disc_objective(params, aux, batch, key, step):
         del step
-        prediction, _, seen_real, seen_fake = played(params, aux, batch, key)
+        (prediction, _), level, seen_real, seen_fake = played(params, aux, batch, key)
         real, fake = seen_real(), seen_fake(jax.lax.stop_gradient(prediction))
         on_real, on_fake = heads(params["disc"], real), heads(params["disc"], fake)
         loss = adversarial.discriminator(on_real, on_fake).mean()
-        metrics = {"logit_real": losses.mean_flat(on_real), "logit_fake": losses.mean_flat(on_fake)}
+        logits = {"logit_real": losses.mean_flat(on_real), "logit_fake": losses.mean_flat(on_fake)}
+        metrics = health.by_level(logits, level)
         if not r1_weight:
             return loss, metrics
         r1 = head_r1(lambda taps: heads(params["disc"], taps), real)
@@ -183,11 +185,12 @@ def adversarial_distillation(
     def student_objective(params, aux, batch, key, step):
         del step
         key, time_key, noise_key = jax.random.split(key, 3)
-        prediction, cond, seen_real, seen_fake = played(params, aux, batch, key)
+        (prediction, start), _, seen_real, seen_fake = played(params, aux, batch, key)
+        x0, cond = read_batch(batch, "adversarial_distillation")
         on_fake = heads(params["disc"], seen_fake(prediction))
         on_real = jax.lax.stop_gradient(heads(params["disc"], seen_real()))  # few losses look at it
         loss = adversarial.generator(on_real, on_fake).mean()
-        metrics = {"logit_generated": losses.mean_flat(on_fake)}
+        metrics = {"logit_generated": losses.mean_flat(on_fake), "diversity": health.diversity(prediction, x0, start)}
         if not distillation_weight:
             return loss, metrics
         t = teacher_times(time_key, prediction.shape[0]).astype(prediction.dtype)

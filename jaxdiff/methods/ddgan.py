@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array
 
-from jaxdiff import losses, one_step, schedules, times
+from jaxdiff import health, losses, one_step, schedules, times
 from jaxdiff import parameterization as parameterizations
 from jaxdiff.denoiser import denoiser
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling, lazily, read_batch
@@ -43,14 +43,16 @@ def discriminator_loss(
       r1_every: the penalty is not multiplied by it, unlike StyleGAN2's.
 
     Returns:
-      The loss, and metrics: logit_real and logit_fake [B]; with a penalty r1, the mean squared gradient, 0 between.
+      The loss, and metrics: logit_real and logit_fake [B], also by level; with a penalty r1, the mean squared
+      gradient, 0 between.
 
     Source: Xiao et al. 2022 eq. 4; Mescheder et al. 2018 (arXiv:1801.04406) eq. 9 for the penalty.
     """
     shown = jax.lax.stop_gradient(shown)
     real, fake = (judge(x_s, shown.x_t, shown.time) for x_s in (shown.real, shown.fake))
     loss = adversarial.discriminator(real, fake).mean()
-    metrics = {"logit_real": losses.mean_flat(real), "logit_fake": losses.mean_flat(fake)}
+    logits = {"logit_real": losses.mean_flat(real), "logit_fake": losses.mean_flat(fake)}
+    metrics = health.by_level(logits, shown.s)
     if r1_gamma == 0:
         return loss, metrics
 
@@ -67,12 +69,13 @@ def generator_loss(judge: Judge, shown: Shown, *, adversarial: losses.Adversaria
     Args: as for `discriminator_loss`.
 
     Returns:
-      The loss, and the metric logit_generated [B].
+      The loss, and metrics: logit_generated [B] and diversity.
 
     Source: Xiao et al. 2022 eq. 5.
     """
     real, fake = (judge(x_s, shown.x_t, shown.time) for x_s in (shown.real, shown.fake))
-    return adversarial.generator(real, fake).mean(), {"logit_generated": losses.mean_flat(fake)}
+    varied = health.diversity(shown.prediction, shown.x0, shown.t)
+    return adversarial.generator(real, fake).mean(), {"logit_generated": losses.mean_flat(fake), "diversity": varied}
 
 
 def ddgan(

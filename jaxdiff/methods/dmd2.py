@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxdiff import losses, process, schedules, times, weighting
+from jaxdiff import health, losses, process, schedules, times, weighting
 from jaxdiff import parameterization as parameterizations
 from jaxdiff.denoiser import denoiser
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling, copied, read_batch
@@ -160,7 +160,7 @@ def dmd2(
     Returns:
       Method with the players "fake" and "model". `generate` alternates the student's x0 with fresh noise; other
       `Sampling.times` or num_steps are levels that the student was not trained at. Metrics: loss_score, loss_matching,
-      and logit_real, logit_fake, loss_gan with a judge.
+      diversity, and logit_real, logit_fake, also by level, and loss_gan with a judge.
 
     Raises:
       ValueError: for a range that is empty, a number out of range, or a judge without init_fake; while tracing, if a
@@ -215,7 +215,7 @@ def dmd2(
         level = level_like(form.schedule, t, x)
         x_t = process.q_sample(x, jax.random.normal(eps_key, x.shape, x.dtype), level)
         x_in = expand(form.parameterization.coefficients(level).scale_in, x) * x_t
-        return judge(params, x_in, form.parameterization.net_time(t), cond, train=True, key=network_key)
+        return judge(params, x_in, form.parameterization.net_time(t), cond, train=True, key=network_key), level
 
     def fake_objective(params, aux, batch, key, step):
         del aux, step
@@ -227,10 +227,11 @@ def dmd2(
         error = score_loss(form, denoise, x, index, jax.random.normal(eps_key, x.shape, x.dtype))
         if judge is None:
             return error.mean(), {"loss_score": error}
-        real = judged(judge, params["fake"], x0, cond, real_key)
-        fake = judged(judge, params["fake"], x, cond, fake_key)
+        real, real_level = judged(judge, params["fake"], x0, cond, real_key)
+        fake, fake_level = judged(judge, params["fake"], x, cond, fake_key)
         loss = error.mean() + judge_weight * adversarial.discriminator(real, fake).mean()
-        logits = {"logit_real": losses.mean_flat(real), "logit_fake": losses.mean_flat(fake)}
+        logits = health.by_level({"logit_real": losses.mean_flat(real)}, real_level)
+        logits |= health.by_level({"logit_fake": losses.mean_flat(fake)}, fake_level)
         return loss, {"loss_score": error} | logits
 
     def objective(params, aux, batch, key, step):
@@ -246,11 +247,12 @@ def dmd2(
         real = _like(teach(aux["teacher"], cond)(x_t, t).x0, x, "the teacher")
         fake = _like(denoise_by(fake_score, params["fake"], cond)(x_t, t).x0, x, "the fake score")
         matching = matching_loss(x, jax.lax.stop_gradient(matching_gradient(held, real, fake)))
+        metrics = {"loss_matching": matching, "diversity": health.diversity(x, x0)}
         if judge is None:
-            return matching.mean(), {"loss_matching": matching}
-        logits = judged(judge, params["fake"], x, cond, judge_key)
+            return matching.mean(), metrics
+        logits, _ = judged(judge, params["fake"], x, cond, judge_key)
         fooled = losses.mean_flat(adversarial.generator(logits, logits))
-        return matching.mean() + gan_weight * fooled.mean(), {"loss_matching": matching, "loss_gan": fooled}
+        return matching.mean() + gan_weight * fooled.mean(), metrics | {"loss_gan": fooled}
 
     def generate(params, aux, key, noise, cond, sampling: Sampling):
         del aux

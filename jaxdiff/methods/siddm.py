@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxdiff import losses, one_step, schedules
+from jaxdiff import health, losses, one_step, schedules
 from jaxdiff import parameterization as parameterizations
 from jaxdiff.denoiser import denoiser
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling, read_batch
@@ -101,7 +101,7 @@ def discriminator_loss(
       regressor: whether C learns x_t from the generated x_s.
 
     Returns:
-      The loss, and metrics [B]: logit_real, logit_fake, and the squared errors denoised and regressed.
+      The loss, and metrics [B]: logit_real, logit_fake, also by level, and the squared errors denoised and regressed.
 
     Raises:
       ValueError: while tracing, if the discriminator lacks a head that is asked for.
@@ -109,7 +109,7 @@ def discriminator_loss(
     shown = jax.lax.stop_gradient(shown)
     real, fake = judge(shown.real), judge(shown.fake)
     loss = _over_heads(adversarial.discriminator, real, fake)
-    metrics = {"logit_real": _logit(real), "logit_fake": _logit(fake)}
+    metrics = health.by_level({"logit_real": _logit(real), "logit_fake": _logit(fake)}, shown.s)
     if denoise_weight:
         metrics["denoised"] = losses.mse(_head(real, "image", shown.x0, "denoise_weight=0"), shown.x0)
         loss = loss + denoise_weight * metrics["denoised"].mean()
@@ -127,13 +127,14 @@ def generator_loss(
     Args: as for `discriminator_loss`, with forward_weight that of `forward_loss` and regressor whether C is in it.
 
     Returns:
-      The loss, and metrics [B]: logit_generated and forward, the divergence.
+      The loss, and metrics: logit_generated [B], forward [B], the divergence, and diversity.
     """
     real, fake = judge(shown.real), judge(shown.fake)
     regression = _head(fake, "regression", shown.x_t, "regressor=False") if regressor else None
     forward = forward_loss(shown.x_t, shown.fake, shown.t, shown.s, regression)
     loss = _over_heads(adversarial.generator, real, fake) + forward_weight * forward.mean()
-    return loss, {"logit_generated": _logit(fake), "forward": forward}
+    varied = health.diversity(shown.prediction, shown.x0, shown.t)
+    return loss, {"logit_generated": _logit(fake), "forward": forward, "diversity": varied}
 
 
 def siddm(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from jaxdiff import losses, one_step, process
+from jaxdiff import health, losses, one_step, process
 from jaxdiff.denoiser import denoiser
 from jaxdiff.losses import Adversarial, Logits
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling, lazily, read_batch
@@ -277,8 +277,9 @@ def ufogen(
     def disc_objective(params, aux, batch, key, step):
         del aux
         key, penalty_key = jax.random.split(key)
-        _, _, _, real, fake, judge = played(params, batch, key)
-        loss, metrics = discriminator_loss(judge, real, fake, adversarial)
+        _, levels, _, real, fake, judge = played(params, batch, key)
+        loss, logits = discriminator_loss(judge, real, fake, adversarial)
+        metrics = health.by_level(logits, levels[1])
         if not r1_weight:
             return loss, metrics
 
@@ -299,6 +300,7 @@ def ufogen(
         loss = adversarial.generator(jax.lax.stop_gradient(judge(real)), on_fake).mean()
         error = reconstruction(prediction, x0, *levels, gamma)
         metrics = {"logit_generated": losses.mean_flat(on_fake), "reconstruction": error}
+        metrics["diversity"] = health.diversity(prediction, x0, levels[0])
         return loss + reconstruction_weight * error.mean(), metrics
 
     def generate(params, aux, key, noise, cond, sampling: Sampling):

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdiff.types import Params
+from jaxdiff.types import Metrics, Params
 
 Rate = Callable[[Int[Array, ""], int], Float[Array, ""]]
 
@@ -105,6 +106,11 @@ def half_life(
     return EMA(name, rate, f"half-life {images} images, ramp-up {ramp_up}", players)
 
 
+def initial(name: str, *, players: tuple[str, ...] | None = None) -> EMA:
+    """No average: the parameters that the run began with, from which its drift is measured."""
+    return EMA(name, lambda step, batch_size: jnp.float32(0), "initial parameters", players)
+
+
 def start(emas: Sequence[EMA], params: dict[str, Params]) -> dict[str, dict[str, Params]]:
     """Copies the parameters into every average.
 
@@ -166,6 +172,20 @@ def update(
             player: jax.tree.map(move, tree, params[player]) for player, tree in averages[spec.name].items()
         }
     return moved
+
+
+def drift(averages: dict[str, dict[str, Params]], params: dict[str, Params]) -> Metrics:
+    """{PLAYER/drift_NAME: |params - average| / |average|}: how far a player is from where it was on average.
+
+    A normal run's falls with the learning rate; one that grows is a player that another one pushes about. From an
+    average that `initial` made it is the way from the start.
+    """
+    far = {}
+    for name, players in averages.items():
+        for player, average in players.items():
+            apart = jax.tree.map(lambda a, p: p.astype(a.dtype) - a, average, params[player])
+            far[f"{player}/drift_{name}"] = optax.tree.norm(apart) / jnp.maximum(optax.tree.norm(average), 1e-12)
+    return far
 
 
 def at_least_float32(dtype: Any) -> Any:

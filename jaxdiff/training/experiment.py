@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from jaxdiff.methods.base import Method
+from jaxdiff.training.alarms import Alarm
 from jaxdiff.training.ema import EMA
 from jaxdiff.training.sharding import Partition
 from jaxdiff.training.state import check_players
@@ -70,6 +71,7 @@ class Experiment:
       sample_every: steps between two calls of the sample hook; 0 for never.
       max_to_keep: number of newest checkpoints that are kept.
       keep_every: checkpoints at multiples of this step are kept besides; 0 for none.
+      alarms: ranges that metrics must not leave for long, such as `alarms.collapse()` of a GAN.
       max_skipped: how many steps in a row may have a loss or gradient that is not finite. They are not applied, and
         counted as `skipped`; one more, and the run stops. 0 stops at the first.
       num_classes: labels are 0 .. num_classes - 1; None without labels.
@@ -102,6 +104,7 @@ class Experiment:
     max_to_keep: int = 3
     keep_every: int = 0
     max_skipped: int = 0
+    alarms: tuple[Alarm, ...] = ()
     num_classes: int | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     partition: Partition = ()
@@ -127,6 +130,12 @@ class Experiment:
         if not self.method.objectives:
             raise ValueError(f"the method of experiment {self.name!r} has no objective: there is nothing to train")
         check_players(self.method, self.optimizers)
+        for alarm in self.alarms:
+            if not alarm.low <= alarm.high or alarm.patience < 1:
+                raise ValueError(
+                    f"alarm {alarm.metric!r} takes low <= high and a patience of at least 1 step, got {alarm.low:g}, "
+                    f"{alarm.high:g} and {alarm.patience}"
+                )
         names = [average.name for average in self.ema]
         if len(set(names)) != len(names) or not all(names):
             raise ValueError(f"every EMA needs a name of its own, got {names}")

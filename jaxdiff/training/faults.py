@@ -1,9 +1,10 @@
-"""What can go wrong in a step, and what is said about it: numbers not finite, losses that jump, steps that hang.
+"""What can go wrong in a step, and what is said about it: not finite, out of range, losses that jump, steps that hang.
 
 A step that is not finite was not applied (`step.py`). `Inspector` writes its batch to `faults/`, and stops the run when
-more than `max_skipped` follow one another. It also notes losses far above their recent median, and changes nothing
-about them. `Watchdog` is a thread that speaks while a step, the data or a save takes far longer than steps usually do.
-Parameters that an update broke are found by `all_finite`, before they are saved.
+more than `max_skipped` follow one another, or when an `Alarm` was out of its range for too long. It also notes losses
+far above their recent median, and changes nothing about them. `Watchdog` is a thread that speaks while a step, the data
+or a save takes far longer than steps usually do. Parameters that an update broke are found by `all_finite`, before they
+are saved.
 """
 
 import io
@@ -11,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxdiff.training.alarms import Alarm
 from jaxdiff.training.goodput import COMPILE, INPUT, SAMPLE, SAVE, STEP, Stopwatch
 from jaxdiff.training.lines import Lines
 from jaxdiff.types import Metrics
@@ -47,13 +49,15 @@ class Inspector:
       max_skipped: how many steps in a row may be not finite. The row begins anew when a run is continued.
       say: gets lines for people.
       start_step: steps already done.
+      alarms: which metrics may not stay out of which range.
     """
 
-    def __init__(self, folder: Any, max_skipped: int, say: Say, *, start_step: int = 0):
+    def __init__(self, folder: Any, max_skipped: int, say: Say, *, start_step: int = 0, alarms: Sequence[Alarm] = ()):
         self._folder, self._max_skipped, self._say = folder, max_skipped, say
         self._sent: list[Sent] = []
         self._skipped = 0
         self._batches = 0
+        self._outside = dict.fromkeys(alarms, 0)
         self._spikes = Spikes(folder, say, start_step)
 
     def sent(self, step: int, metrics: Metrics, batch: Mapping[str, Any]) -> None:
@@ -65,19 +69,47 @@ class Inspector:
 
         Raises:
           NotFiniteError: if more than `max_skipped` steps in a row were not finite.
+          AlarmError: if a metric was out of range for too long.
+          ValueError: for an alarm on a metric that the method does not have.
         """
         sent, self._sent = self._sent, []
         for step, metrics, batch in sent:
             losses = {name: value for name, value in metrics.items() if name.endswith("/loss")}
-            finite, losses = jax.device_get((metrics["finite"], losses))
+            watched = {alarm.metric: metrics[alarm.metric] for alarm in self._known(metrics)}
+            finite, losses, watched = jax.device_get((metrics["finite"], losses, watched))
             if finite:
                 self._skipped = 0
                 self._spikes.look(step, losses)
+                self._judge(step, metrics, watched)
             else:
                 self._not_finite(step, metrics, batch)
 
+    @property
+    def alarmed(self) -> bool:
+        """Whether a metric is out of its range at the last step that was looked at."""
+        return any(self._outside.values())
+
+    def _known(self, metrics: Metrics) -> Sequence[Alarm]:
+        for alarm in self._outside:
+            if alarm.metric not in metrics:
+                raise ValueError(
+                    f"an alarm watches {alarm.metric!r}, which this method does not log; it logs {sorted(metrics)}"
+                )
+        return list(self._outside)
+
+    def _judge(self, step: int, metrics: Metrics, watched: Mapping[str, Any]) -> None:
+        for alarm, row in self._outside.items():
+            value = float(watched[alarm.metric])
+            if math.isnan(value):
+                continue
+            self._outside[alarm] = 0 if alarm.low <= value <= alarm.high else row + 1
+            if self._outside[alarm] >= alarm.patience:
+                side = f"below {alarm.low:g}" if value < alarm.low else f"above {alarm.high:g}"
+                what = f"{alarm.metric} was {side} for {alarm.patience} steps in a row, {value:.4g} at step {step}"
+                raise AlarmError(step, _scalars(metrics), f"{what}: {alarm.meaning}")
+
     def _not_finite(self, step: int, metrics: Metrics, batch: Mapping[str, Any]) -> None:
-        scalars = {name: float(value) for name, value in metrics.items() if name != "finite"}
+        scalars = _scalars(metrics)
         names = sorted((name for name in scalars if "/" in name), key=lambda name: not name.endswith("/loss"))
         numbers = ", ".join(f"{name}={scalars[name]:.4g}" for name in names)
         what = f"step {step} is not finite and was not applied ({numbers})"
@@ -106,8 +138,8 @@ class Inspector:
         return f"its batch is in {path}" + (" and beside it, one file a process" if share else "")
 
 
-class NotFiniteError(FloatingPointError):
-    """Too many steps in a row were not finite.
+class FaultError(FloatingPointError):
+    """A run that must not go on.
 
     Attributes:
       step: the last of them.
@@ -117,6 +149,18 @@ class NotFiniteError(FloatingPointError):
     def __init__(self, step: int, scalars: dict[str, float], what: str):
         super().__init__(what)
         self.step, self.scalars = step, scalars
+
+
+class NotFiniteError(FaultError):
+    """Too many steps in a row were not finite."""
+
+
+class AlarmError(FaultError):
+    """A metric was out of its range for too long."""
+
+
+def _scalars(metrics: Metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if name != "finite"}
 
 
 class Spikes:

@@ -26,6 +26,7 @@ from jaxdiff.training.stopping import stop_signals
 from jaxdiff.training.workdir import CHECKPOINTS, check_workdir, make_folder, open_workdir
 
 SampleHook = Callable[[TrainState, int], None]
+LOWER = "lower the learning rate or clip gradients"
 
 
 class Outcome(NamedTuple):
@@ -74,7 +75,7 @@ def train(
       ValueError: if the workdir holds another run, or the data, batch size and mesh do not fit together.
       FloatingPointError: naming the first step whose loss or gradient was not finite, after `max_skipped` others in a
         row. Such steps change nothing, and the last checkpoint has none of them. Also if parameters are not finite
-        when they are to be saved.
+        when they are to be saved, or if an alarm of the experiment was out of its range for too long.
       CheckpointError: if a checkpoint cannot be written, or none of those that are there can be read.
       OSError: if the workdir cannot be written at the start. Later, log lines and pictures that cannot be written are
         said and cost nothing else.
@@ -110,6 +111,7 @@ def train(
         step_fn = sharding.jit_train_step(step_fn, mesh, places)
         about = {"experiment": experiment.describe(), "batch": example}
         stop_at = stack.enter_context(stop_signals())
+        owed = False  # a checkpoint that an alarm put off
         for step in range(start + 1, experiment.num_steps + 1):
             stopwatch.enter(INPUT)
             batch = _next(source, step, experiment)
@@ -122,13 +124,14 @@ def train(
             stopped = stop_at(step)
             last = step == experiment.num_steps or stopped is not None
             sample = _due(step, experiment.sample_every, step == experiment.num_steps)
-            save = _due(step, experiment.checkpoint_every, last)
+            save = owed or _due(step, experiment.checkpoint_every, last)
             log = _due(step, experiment.log_every, last)
             if sample or save or log:
                 report.check()
+            owed = save and report.alarmed and not last
             if log:
                 report.log()
-            if save:
+            if save and not owed:
                 with stopwatch.during(SAVE):
                     report.check_params(state)
                     checkpoints.save(step, state, data=source.get_state(), **about)
@@ -155,7 +158,9 @@ class _Report:
         self._writers = logs.open_writers(folder, start, self.say)
         self._record = Record(folder, stopwatch, self.say, shown=leads)
         self._window = logs.Window(experiment.batch_size, count_skipped=experiment.max_skipped > 0)
-        self._inspector = faults.Inspector(folder / faults.FAULTS, experiment.max_skipped, self.say, start_step=start)
+        self._inspector = faults.Inspector(
+            folder / faults.FAULTS, experiment.max_skipped, self.say, start_step=start, alarms=experiment.alarms
+        )
         self._watchdog: faults.Watchdog | None = None
         self._step = self._last_saved = start
 
@@ -182,10 +187,16 @@ class _Report:
         """Judges the steps that were sent; the last of them must be done for it."""
         try:
             self._inspector.look()
-        except faults.NotFiniteError as error:
+        except faults.FaultError as error:
             for writer in self._writers:
                 writer.write(error.step, error.scalars)
-            raise FloatingPointError(f"{error}; {self._advice()}") from None
+            remedy = "" if isinstance(error, faults.AlarmError) else f"; {LOWER}"
+            raise FloatingPointError(f"{error}; {self._kept()}{remedy}") from None
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether an alarm may soon stop the run."""
+        return self._inspector.alarmed
 
     def log(self) -> None:
         scalars = self._window.summary()
@@ -198,7 +209,7 @@ class _Report:
         if not faults.all_finite(state.params):
             name = faults.first_not_finite(state.params)
             raise FloatingPointError(
-                f"parameter {name} is not finite after step {self._step}, nothing was saved; {self._advice()}"
+                f"parameter {name} is not finite after step {self._step}, nothing was saved; {self._kept()}; {LOWER}"
             )
 
     def saved(self) -> None:
@@ -224,10 +235,10 @@ class _Report:
         for writer in (*self._writers, self._progress):
             writer.close()
 
-    def _advice(self) -> str:
+    def _kept(self) -> str:
         saved = self._last_saved
         kept = f"the checkpoint of step {saved} in {self._folder / CHECKPOINTS}" if saved else "no checkpoint yet"
-        return f"last good state: {kept}; lower the learning rate or clip gradients"
+        return f"last good state: {kept}"
 
     def _complain(self, line: str) -> None:
         count = jax.process_count()

@@ -154,7 +154,8 @@ def test_the_adversarial_terms_start_at_log_2_and_are_weighted():
     both, alone = losses_of(method, params, aux), losses_of(plain, params, aux)
     assert float(both["fake"][0] - alone["fake"][0]) == pytest.approx(1e-2 * 2 * np.log(2), rel=1e-2)
     assert float(both["model"][0] - alone["model"][0]) == pytest.approx(3e-3 * np.log(2), rel=1e-2)
-    assert set(both["fake"][1]) == {"loss_score", "logit_real", "logit_fake"}
+    by_level = {f"logit_{side}_{low}" for side in ("real", "fake") for low in ("0.0", "0.2", "0.4", "0.6", "0.8")}
+    assert set(both["fake"][1]) == {"loss_score", "logit_real", "logit_fake", *by_level}
     assert set(alone["fake"][1]) == {"loss_score"}
     np.testing.assert_allclose(both["model"][1]["loss_gan"], np.log(2), rtol=1e-5)
     many = judging(judge=lambda params, x, t, cond, **training: params["head"] * x)

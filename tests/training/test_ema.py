@@ -81,3 +81,17 @@ def test_other_refusals_name_the_value():
         ema.half_life("edm", 0)
     with pytest.raises(ValueError, match="unknown player 'critic': players are"):
         ema.start([ema.constant("slow", 0.9, players=("critic",))], {"model": {}})
+
+
+def test_drift_is_the_relative_distance_from_an_average_and_from_the_start():
+    specs = (ema.constant("slow", 0.5), ema.initial("start", players=("model",)))
+    params = {"model": {"w": jnp.array([3.0, 4.0])}, "disc": {"w": jnp.array([1.0])}}
+    averages = ema.start(specs, params)
+    assert {float(value) for value in ema.drift(averages, params).values()} == {0.0}
+    moved = {"model": {"w": jnp.array([3.0, 9.0])}, "disc": {"w": jnp.array([1.0])}}
+    averages = ema.update(specs, averages, moved, jnp.int32(0), 8)
+    np.testing.assert_array_equal(averages["start"]["model"]["w"], params["model"]["w"])
+    found = {name: float(value) for name, value in ema.drift(averages, moved).items()}
+    assert found == pytest.approx(
+        {"model/drift_slow": 2.5 / np.hypot(3, 6.5), "disc/drift_slow": 0.0, "model/drift_start": 1.0}
+    )

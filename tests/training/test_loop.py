@@ -156,7 +156,7 @@ def test_logs_are_means_over_their_window(tmp_path):
     lines = entries(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 5]
     names = {"model/loss", "model/grad_norm", "error", "scale", "steps_per_s", "examples_per_s", "input_s"}
-    assert set(lines[0]) == {"step", *names}
+    assert set(lines[0]) == {"step", *names, "model/drift_slow", "model/drift_edm"}
     single = entries_of_single_steps(tmp_path)
     for start, line in zip((0, 2, 4), lines, strict=True):
         window = [single[index]["model/loss"] for index in range(start, line["step"])]
