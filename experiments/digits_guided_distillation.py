@@ -35,18 +35,20 @@ def build(
     first: bool = False,
     max_guidance: float = 2.0,
     first_steps: int = 32,
-    num_steps: int = 1300,
+    num_steps: int = 1600,
     batch_size: int = 64,
     lr: float = 1e-3,
     width: int = 16,
     ema_decay: float = 0.99,
     seed: int = 0,
     log_every: int = 100,
-    checkpoint_every: int = 500,
+    checkpoint_every: int = 200,
     sample_every: int = 1000,
     smoke: bool = False,
 ) -> Experiment:
-    """Settings: first True is stage one; else teacher is stage one's run. max_guidance is the largest w."""
+    """Settings: first True is stage one; else teacher is stage one's run. max_guidance is the largest w. A round is an
+    eighth of num_steps long, and all checkpoints are kept, so that the students of the rounds can be judged.
+    """
     if smoke:
         num_steps, batch_size, width, checkpoint_every, sample_every, first_steps = 4, 8, 8, 2, 4, 2
     unet = UNet(
@@ -113,6 +115,7 @@ def build(
         seed=seed,
         log_every=log_every,
         checkpoint_every=checkpoint_every,
+        keep_every=checkpoint_every,
         sample_every=sample_every,
         evaluation=Evaluation(
             name="digits held-out",

@@ -35,11 +35,13 @@ def build(
     ema_decay: float = 0.99,
     seed: int = 0,
     log_every: int = 100,
-    checkpoint_every: int = 500,
+    checkpoint_every: int = 450,
     sample_every: int = 1000,
     smoke: bool = False,
 ) -> Experiment:
-    """Settings: first_steps is that of the first student, a power of two; num_steps the length of training."""
+    """Settings: first_steps is that of the first student, a power of two. A round takes an eighth of num_steps, and all
+    checkpoints are kept, so that the students of the rounds can be judged.
+    """
     if smoke:
         num_steps, batch_size, width, checkpoint_every, sample_every, first_steps = 4, 8, 8, 2, 4, 2
     unet = UNet(
@@ -83,6 +85,7 @@ def build(
         seed=seed,
         log_every=log_every,
         checkpoint_every=checkpoint_every,
+        keep_every=checkpoint_every,
         sample_every=sample_every,
         evaluation=Evaluation(
             name="digits held-out",

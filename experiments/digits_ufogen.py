@@ -16,7 +16,7 @@ from jaxdiff import parameterization, runs, schedules
 from jaxdiff.data.images import digits
 from jaxdiff.data.pipeline import batches
 from jaxdiff.evaluation import Evaluation
-from jaxdiff.methods.ufogen import at_t, level_jumps, signal_share, ufogen
+from jaxdiff.methods.ufogen import at_t, pair_jumps, signal_share, ufogen
 from jaxdiff.metrics.digits import digits_extractor
 from jaxdiff.networks import partition
 from jaxdiff.networks.base import as_network, init_params
@@ -31,10 +31,12 @@ SIGMA_DATA = 0.752
 def build(
     *,
     teacher: str = "runs/ladder/teacher",
-    levels: tuple[float, ...] = (0.1, 0.3, 0.7, 20.0),
-    last_share: float = 0.5,
-    reconstruction_weight: float = 12.8,
-    r1_weight: float = 0.2,
+    levels: tuple[float, ...] = (0.1, 0.3, 0.7),
+    starts: tuple[float, ...] = (0.3, 0.7, 2.4),
+    sigma_max: float = 20.0,
+    last_share: float = 0.6,
+    reconstruction_weight: float = 4.0,
+    r1_weight: float = 0.02,
     r1_sigma: float = 0.05,
     posterior: bool = False,
     from_scratch: bool = False,
@@ -50,9 +52,10 @@ def build(
     sample_every: int = 500,
     smoke: bool = False,
 ) -> Experiment:
-    """Settings: levels are sigmas, of which each but the last is compared; the last is pure noise, and drawn for
-    last_share of the examples. reconstruction_weight 0 leaves the adversary alone; r1_sigma 0 takes R1 itself, with
-    second derivatives; posterior and from_scratch are two ways to fail.
+    """Settings: levels are the sigmas that samples are compared at. From pure noise, sigma_max, which last_share of the
+    examples start at, all of them are; from each of starts the one below it. reconstruction_weight 0 leaves the
+    adversary alone; r1_weight 0 leaves R1 out, r1_sigma 0 takes it itself, with second derivatives; posterior and
+    from_scratch are two ways to fail.
     """
     if smoke:
         num_steps, batch_size, width, checkpoint_every, sample_every = 4, 8, 8, 2, 4
@@ -76,14 +79,16 @@ def build(
         fresh = init_params(discriminator, key, *example_inputs(unet))
         return from_backbone(fresh, jax.tree.map(jnp.array, teacher_params))
 
+    pairs = [(sigma_max, s) for s in levels] + [(t, max(s for s in levels if s < t)) for t in starts]
+    shares = [last_share / len(levels)] * len(levels) + [(1 - last_share) / len(starts)] * len(starts)
     method = ufogen(
         as_network(unet),
         as_network(discriminator),
-        schedules.ve(0.002, levels[-1]),
+        schedules.ve(0.002, sigma_max),
         parameterization=parameterization.edm(SIGMA_DATA),
         init_params=lambda key, batch: jax.tree.map(jnp.array, teacher_params),
         init_discriminator=start_discriminator,
-        jumps=level_jumps(levels, last_share),
+        jumps=pair_jumps(pairs, shares),
         reconstruction_weight=reconstruction_weight,
         gamma=at_t(signal_share),
         r1_weight=r1_weight,

@@ -131,9 +131,9 @@ def open_run(workdir: str | Path, file: str | None = None) -> Experiment:
 
 
 def weights_of(
-    experiment: Experiment, workdir: str | Path, average: str | None, mesh: Mesh
+    experiment: Experiment, workdir: str | Path, average: str | None, mesh: Mesh, *, step: int | None = None
 ) -> tuple[Any, Any, int, str]:
-    """(params, aux, step, name) of a run's newest checkpoint; name says which average the parameters are.
+    """(params, aux, step, name) of a run's checkpoint; name says which average the parameters are.
 
     They lie on `mesh` by the rule of `training/sharding.py`.
 
@@ -142,6 +142,7 @@ def weights_of(
       workdir: the run's folder.
       average: an EMA's name, "raw" for the trained parameters, or None for the last EMA of the experiment.
       mesh: from `sharding.make_mesh`.
+      step: which checkpoint; None for the newest.
 
     Raises:
       UsageError: for an unknown average, and for a checkpoint that is missing, damaged or of another experiment.
@@ -154,7 +155,7 @@ def weights_of(
         )
     try:
         with _held_warnings():
-            loaded: tuple[Weights, int] = load_weights(experiment, folder, mesh=mesh)
+            loaded: tuple[Weights, int] = load_weights(experiment, folder, step=step, mesh=mesh)
     except CheckpointError as error:
         raise UsageError(f"run {workdir}: {first_line(error)}") from error
     weights, step = loaded

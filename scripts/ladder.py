@@ -39,6 +39,7 @@ class Row(NamedTuple):
       file: its experiment.
       settings: of the experiment.
       calls: of the network, at which it is judged; none for a stage that only leads to another row.
+      steps: {calls: step}, of the checkpoints that are judged where it is not the last one, as of earlier rounds.
       before: name of the row whose run of the same seed takes the teacher's place.
     """
 
@@ -47,9 +48,11 @@ class Row(NamedTuple):
     file: str
     settings: dict[str, Any] = {}
     calls: tuple[int, ...] = CALLS
+    steps: dict[int, int] = {}
     before: str = ""
 
 
+PAIRS = {"num_pairs": 4096, "pair_steps": 12, "num_steps": 1200}
 ROWS = (
     Row("cd", "consistency distillation", "digits_consistency.py"),
     Row(
@@ -67,11 +70,23 @@ ROWS = (
         "digits_continuous_consistency.py",
         {"distil": False, "num_steps": 4000},
     ),
-    Row("pd", "progressive distillation", "digits_progressive.py", calls=(1,)),
+    Row("pd", "progressive distillation", "digits_progressive.py", steps={2: 2700, 4: 1800}),
     Row("guided-first", "", "digits_guided_distillation.py", {"first": True, "num_steps": 500}, calls=()),
-    Row("guided", "guided distillation", "digits_guided_distillation.py", calls=(1,), before="guided-first"),
+    Row(
+        "guided", "guided distillation", "digits_guided_distillation.py", steps={2: 1200, 4: 800}, before="guided-first"
+    ),
     Row("lcm", "latent consistency distillation, on pixels", "digits_lcm.py"),
-)
+    Row("ufogen", "UFOGen", "digits_ufogen.py"),
+    Row("ddgan", "denoising diffusion GAN", "digits_ddgan.py"),
+    Row("siddm", "SIDDM", "digits_siddm.py"),
+    Row("dmd2", "DMD2", "digits_dmd2.py", calls=(1,)),
+    Row("flow", "1-rectified flow", "digits_rectified_flow.py", {"first": True, "num_steps": 1200}),
+    Row("flow-distilled", "1-rectified flow, distilled", "digits_rectified_flow.py", {"distil": True, **PAIRS},
+        calls=(1,), before="flow"),
+    Row("flow-2", "2-rectified flow", "digits_rectified_flow.py", PAIRS, before="flow"),
+    Row("flow-2-distilled", "2-rectified flow, distilled", "digits_rectified_flow.py", {"distil": True, **PAIRS},
+        calls=(1,), before="flow-2"),
+)  # fmt: skip
 
 
 def main() -> int:
@@ -144,7 +159,9 @@ def train(folder: Path, file: Path, values: dict[str, Any]) -> None:
     print(f"{folder.name}: {cost['cpu_s']:.0f} CPU s", flush=True)
 
 
-def judge(folder: Path, calls: tuple[int, ...], solver: str | None) -> dict[str, dict[str, float]]:
+def judge(
+    folder: Path, calls: tuple[int, ...], solver: str | None, steps: dict[int, int] | None = None
+) -> dict[str, dict[str, float]]:
     """{calls: {metric: value}} of a run, kept in `judged.json`, with a strip of samples for each number of calls."""
     import jax
     import numpy as np
@@ -161,10 +178,10 @@ def judge(folder: Path, calls: tuple[int, ...], solver: str | None) -> dict[str,
     if all(set(METRICS) <= set(found.get(str(n), {})) for n in calls):
         return found
     experiment, mesh = runs.open_run(folder), sharding.make_mesh(devices=jax.local_devices()[:1])
-    params, aux, _, _ = runs.weights_of(experiment, folder, None, mesh)
     assert isinstance(experiment.evaluation, Evaluation)
     reference, labels = experiment.evaluation.reference(), labels_for(NUM, experiment.num_classes)
     for n in calls:
+        params, aux, _, _ = runs.weights_of(experiment, folder, None, mesh, step=(steps or {}).get(n))
         named = None if solver is None else named_solver(solver)
         generate = compiled(experiment.method, solver=named, num_steps=n if named is None else named.steps(n))
         parts = batches(
@@ -203,7 +220,7 @@ def report(teacher: Path, planned: list[tuple[Row, int, Path]], out: Path, note:
         done = [folder for folder in folders if _done(folder)]
         if not done:
             continue
-        judged = [judge(folder, row.calls, None) for folder in done]
+        judged = [judge(folder, row.calls, None, row.steps) for folder in done]
         costs = [_cost(row, folder) for folder in done]
         for n in row.calls:
             seconds = f"{statistics.median(costs):.0f}"

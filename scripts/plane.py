@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.layers import fourier_embedding
 from jaxdiff.networks.mlp import MLP
 from jaxdiff.training import ema
-from jaxdiff.training.state import create_state
+from jaxdiff.training.state import TrainState, create_state
 from jaxdiff.training.step import make_train_step
 from jaxdiff.types import Params
 
@@ -193,15 +194,30 @@ def train(method: Method, recipe: Recipe, seed: int) -> tuple[Params, Any]:
         points, component = MIXTURE.draw(rng, int(np.prod(shape)))
         return {"x0": points.astype(np.float32).reshape(*shape, 2), "label": (component % 2).reshape(shape)}
 
-    state = create_state(method, optimizers, averages, jax.random.key(seed), draw(recipe.batch))
+    state = fit(method, optimizers, averages, draw, steps=recipe.steps, batch=recipe.batch, seed=seed)
+    return state.ema["ema"]["model"], state.aux
+
+
+def fit(
+    method: Method,
+    optimizers: dict[str, optax.GradientTransformation],
+    averages: tuple[ema.EMA, ...],
+    draw: Callable[..., dict[str, np.ndarray]],
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+) -> TrainState:
+    """The state after training on what draw(*shape) gives."""
+    state = create_state(method, optimizers, averages, jax.random.key(seed), draw(batch))
     step = make_train_step(method, optimizers, averages)
     # a scan, because these steps are about as short as the call of a compiled function
     chunk = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0)
-    for _ in range(recipe.steps // CHUNK):
-        state, metrics = chunk(state, draw(CHUNK, recipe.batch))
+    for _ in range(steps // CHUNK):
+        state, metrics = chunk(state, draw(CHUNK, batch))
         if not metrics["finite"].all():
             raise FloatingPointError(f"a loss or gradient was not finite before step {int(state.step)}")
-    return state.ema["ema"]["model"], state.aux
+    return state
 
 
 def projected(points: np.ndarray) -> np.ndarray:
@@ -320,14 +336,19 @@ def _stage(stage: tuple[str, Recipe, dict[str, Any]]) -> str:
 
 def picture(rows: list[Row], seed: int, folder: Path, images: Path) -> None:
     """Points of the mixture, of the teacher and of one step of every method."""
+    panels = {"the mixture": MIXTURE.draw(np.random.default_rng(0), SHOWN)[0]}
+    panels["teacher, 50 steps"] = np.load(folder / f"teacher-{seed}.50.npy")
+    panels |= {f"{row.name}, one step": np.load(folder / f"{row.name}-{seed}.1.npy") for row in rows}
+    scatter(panels, images / "plane.png")
+
+
+def scatter(panels: dict[str, np.ndarray], path: Path) -> None:
+    """Draws {title: points} side by side, five in a row."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = {"the mixture": MIXTURE.draw(np.random.default_rng(0), SHOWN)[0]}
-    panels["teacher, 50 steps"] = np.load(folder / f"teacher-{seed}.50.npy")
-    panels |= {f"{row.name}, one step": np.load(folder / f"{row.name}-{seed}.1.npy") for row in rows}
     figure, axes = pyplot.subplots(-(-len(panels) // 5), 5, figsize=(10, 2.2 * -(-len(panels) // 5)), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -336,8 +357,8 @@ def picture(rows: list[Row], seed: int, folder: Path, images: Path) -> None:
         axis.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
         axis.set_title(title, fontsize=8)
     figure.tight_layout()
-    images.mkdir(parents=True, exist_ok=True)
-    figure.savefig(images / "plane.png", dpi=100)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 

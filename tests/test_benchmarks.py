@@ -6,11 +6,24 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import install_size, jvp_cpu, report, sd_cpu, startup, two_cores, unet_cpu, unet_gpu, worker, workload
+from benchmarks import (
+    install_size,
+    jvp_cpu,
+    one_step,
+    report,
+    sd_cpu,
+    startup,
+    two_cores,
+    unet_cpu,
+    unet_gpu,
+    worker,
+    workload,
+)
 from benchmarks.gpu_shapes import SHAPES, out_of_memory
 from benchmarks.processes import Spec
 from benchmarks.workers import gpu_jaxdiff, jaxdiff_unet
 from benchmarks.workers.diffusers_names import entries
+from jaxdiff.flops import count_flops
 from jaxdiff.networks.base import num_params, param_shapes
 from jaxdiff.networks.unet import example_inputs
 from jaxdiff.networks.unet_presets import adm_unet, stable_diffusion_unet
@@ -207,3 +220,16 @@ def test_memory_errors_of_both_frameworks_are_known():
     assert out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"))
     assert not out_of_memory(RuntimeError("INVALID_ARGUMENT"))
+
+
+def test_one_step_is_one_pass_of_the_network_and_no_more():
+    functions, given = one_step.functions_of(2)
+    flops = {name: count_flops(jax.make_jaxpr(function)(*given).jaxpr) for name, function in functions.items()}
+    assert list(flops) == list(one_step.CALLS)
+    assert flops["one step"] == flops["network"] and flops["50 steps"] == 50 * flops["network"]
+    timed = {name: {"wall": [2.0, 1.0], "cpu": [3.0, 4.0]} for name in flops}
+    cpu, _, products = one_step.tables({"times": timed, "flops": flops}, 2)
+    assert cpu.rows == [["2 images", "3.50 (3.00)", "3.50 (3.00)", "1.00", "3.50 (3.00)", "1.00"]]
+    assert products.rows[0][2::2] == ["1.00", "1.00", "50.0"]
+    with pytest.raises(SystemExit):
+        one_step.arguments(["--rounds", "0"])

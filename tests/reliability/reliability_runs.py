@@ -24,6 +24,7 @@ from jaxdiff.training.loop import train
 ROOT = Path(__file__).parents[2]
 METHODS = {
     "gan": toys.gan,
+    "ddgan": toys.diffusion_gan,
     "consistency": toys.distillation,
     "progressive": functools.partial(toys.distillation, rounds=True),
 }

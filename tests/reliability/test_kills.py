@@ -19,7 +19,7 @@ def slow(*values):
 
 @pytest.mark.parametrize(
     ("name", "kills", "seed"),
-    [("gan", 2, 0), slow("gan", 50, 1), slow("consistency", 3, 2), slow("progressive", 3, 3)],
+    [("gan", 2, 0), slow("gan", 50, 1), slow("ddgan", 3, 4), slow("consistency", 3, 2), slow("progressive", 3, 3)],
 )
 def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path, capsys, name, kills, seed):
     num_steps, began = 10 * kills + 10, time.monotonic()

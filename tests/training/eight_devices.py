@@ -75,13 +75,14 @@ def points():
         yield {"x0": draw.normal(1.0, 1.0, (BATCH, 64)).astype(np.float32)}
 
 
-DISTILLED = {"consistency": toys.distillation, "progressive": functools.partial(toys.distillation, rounds=True)}
+POINTS = {"ddgan": toys.diffusion_gan, "consistency": toys.distillation}
+POINTS |= {"progressive": functools.partial(toys.distillation, rounds=True)}
 METHODS = {name: functools.partial(unet_method, name) for name in UNETS} | {"gan": functools.partial(toys.gan, 2)}
-METHODS |= DISTILLED
+METHODS |= POINTS
 
 
 def source_of(name):
-    if name in DISTILLED:
+    if name in POINTS:
         return toys.Points(BATCH)
     return points() if name == "gan" else Images()
 
@@ -187,9 +188,9 @@ def test_there_are_eight_devices():
     assert jax.device_count() == 8
 
 
-# A UNet compiles for long on eight devices, so all but the two-player toy runs in `make test-full`. Distillation is
+# A UNet compiles for long on eight devices, so all but the two-player toys run in `make test-full`. Distillation is
 # on four devices in the default suite: `test_distillation.py`.
-CASES = [("gan", 1), ("gan", 2)]
+CASES = [("gan", 1), ("gan", 2), ("ddgan", 1)]
 SLOW_CASES = [
     ("consistency", 1),
     ("progressive", 2),

@@ -1,6 +1,6 @@
 """Tiny methods and an endless batch source: all that the tests of training/ train.
 
-Two methods are written here, and two distil a small network, with a curriculum and with rounds.
+Two methods are written here, two distil a small network, with a curriculum and with rounds, and one is a diffusion GAN.
 
 Run as a script it trains the first of them in a folder, for tests that send signals:
 `training_toys.py WORKDIR NUM_STEPS` or `training_toys.py WORKDIR NUM_STEPS slow`.
@@ -18,8 +18,10 @@ import optax
 from jaxdiff import losses
 from jaxdiff.methods.base import Method, Objective
 from jaxdiff.methods.consistency import adaptive, consistency_distillation
+from jaxdiff.methods.ddgan import ddgan
 from jaxdiff.methods.progressive import progressive
 from jaxdiff.networks.base import as_network, init_params
+from jaxdiff.networks.ddgan_discriminators import append_batch_deviation
 from jaxdiff.networks.layers import fourier_embedding
 from jaxdiff.networks.mlp import MLP
 from jaxdiff.training import ema
@@ -130,6 +132,28 @@ def distillation(rounds=False):
     return consistency_distillation(
         network, teacher_params=teacher_params, curriculum=adaptive(2, 8, 12, 0.9), distance=losses.pseudo_huber(),
         sigma_data=1.0,
+    )  # fmt: skip
+
+
+def diffusion_gan():
+    """DDGAN on points, with latents, R1, and a logit that sees how much its group of four examples varies."""
+    mlp, judge = (MLP(features=16, num_blocks=1, time_features=fourier_embedding, out_features=n) for n in (3, 4))
+    time = jnp.zeros(1)
+
+    def network(params, x_t, t, cond, **training):
+        return as_network(mlp)(params, jnp.concatenate([x_t, cond["z"]], axis=1), t, {}, **training)
+
+    def discriminator(params, x_s, t, cond, **training):
+        h = as_network(judge)(params["body"], jnp.concatenate([x_s, cond["x_t"]], axis=1), t, {}, **training)
+        return append_batch_deviation(h[:, None, None, :])[:, 0, 0] @ params["logit"]
+
+    def init_discriminator(key, batch):
+        del batch
+        return {"body": init_params(judge, key, jnp.zeros((1, 6)), time, {}), "logit": jnp.ones(5)}
+
+    return ddgan(
+        network, discriminator, init_disc_params=init_discriminator, latent_dim=2, r1_every=2,
+        init_params=lambda key, batch: init_params(mlp, key, jnp.zeros((1, 5)), time, {}),
     )  # fmt: skip
 
 

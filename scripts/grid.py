@@ -1,0 +1,294 @@
+"""The grid: 25 Gaussians in the plane, which a generator must all find. Diffusion GANs in one and in four steps.
+
+`python scripts/grid.py` trains an EDM teacher and every row of ROWS for every seed through the library's own train
+step, counts the modes that samples reach, and writes docs/grid.md and its picture. UFOGen starts from the teacher; its
+row with the posterior is the failure that it mends. What is done is kept in --runs, as in plane.py.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import plane
+from flax import traverse_util
+
+from jaxdiff import parameterization, schedules
+from jaxdiff.data import toy
+from jaxdiff.methods import ddgan, siddm, ufogen
+from jaxdiff.methods.base import Method, Sampling
+from jaxdiff.methods.edm import edm
+from jaxdiff.networks.base import as_network, init_params
+from jaxdiff.networks.layers import fourier_embedding
+from jaxdiff.networks.mlp import MLP
+from jaxdiff.training import ema
+from jaxdiff.types import Params
+
+ROOT = Path(__file__).resolve().parents[1]
+STD, NUM, WIDTH, LATENT = 0.025, 10_000, 128, 4
+MIXTURE = toy.gaussian_grid(5, std=STD)
+SIGMA_DATA, SIGMA_MAX = 0.7076, 10.0
+NET = MLP(2, features=WIDTH, num_blocks=3, time_features=fourier_embedding)
+DISC = MLP(1, features=WIDTH, num_blocks=3, time_features=fourier_embedding)
+
+
+class Row(NamedTuple):
+    """A method: settings of `build_NAME`, steps of training, learning rates of model and discriminator, calls."""
+
+    name: str
+    label: str
+    method: str
+    settings: dict[str, Any]
+    steps: int
+    rates: tuple[float, ...]
+    calls: tuple[int, ...]
+    batch: int = 512
+
+
+def inputs(width: int = 2) -> tuple[Any, ...]:
+    """Example inputs of a network of points."""
+    return jnp.zeros((1, width)), jnp.zeros(1), {}
+
+
+def build_teacher(start: Params, **settings: Any) -> Method:
+    """EDM from random weights."""
+    return edm(
+        as_network(NET), init_params=lambda key, batch: init_params(NET, key, *inputs()), sigma_data=SIGMA_DATA,
+        sigma_max=SIGMA_MAX, **settings,
+    )  # fmt: skip
+
+
+def build_ufogen(start: Params, *, pairs: list[tuple[float, float]], **settings: Any) -> Method:
+    """UFOGen from the teacher."""
+    return ufogen.ufogen(
+        as_network(NET), as_network(DISC), schedules.ve(0.002, SIGMA_MAX),
+        parameterization=parameterization.edm(SIGMA_DATA),
+        init_params=lambda key, batch: jax.tree.map(jnp.array, start),
+        init_discriminator=lambda key, batch: init_params(DISC, key, *inputs()), jumps=ufogen.pair_jumps(pairs),
+        gamma=ufogen.at_t(ufogen.signal_share), **settings,
+    )  # fmt: skip
+
+
+def generator() -> tuple[MLP, Any]:
+    """A network with a latent, and it as the methods call it."""
+    net = MLP(2, features=WIDTH, num_blocks=3)
+    plain = as_network(net)
+
+    def call(params, x, t, cond, **training):
+        return plain(params, jnp.concatenate([x, cond["z"]], 1), t, {}, **training)
+
+    return net, call
+
+
+def build_ddgan(start: Params, **settings: Any) -> Method:
+    """The paper's four steps, from random weights."""
+    net, call = generator()
+    disc = MLP(1, features=WIDTH, num_blocks=3)
+    plain = as_network(disc)
+
+    def judge(params, x, t, cond, **training):
+        return plain(params, jnp.concatenate([x, cond["x_t"]], 1), 250 * t, {}, **training)[:, 0]
+
+    return ddgan.ddgan(
+        call, judge, init_params=lambda key, batch: init_params(net, key, *inputs(2 + LATENT)),
+        init_disc_params=lambda key, batch: init_params(disc, key, *inputs(4)), latent_dim=LATENT,
+        parameterization=parameterization.x0(parameterization.scaled_time(250.0)), **settings,
+    )  # fmt: skip
+
+
+def build_siddm(start: Params, **settings: Any) -> Method:
+    """Four steps with a regressor, from random weights; one network is discriminator, denoiser and regressor."""
+    net, call = generator()
+    disc = MLP(5, features=WIDTH, num_blocks=3)
+    plain = as_network(disc)
+
+    def judge(params, x, t, cond, **training):
+        out = plain(params, x, 1000 * t, {}, **training)
+        return siddm.Verdict(out[:, 0], None, out[:, 1:3], x + out[:, 3:])
+
+    return siddm.siddm(
+        call, judge, init_params=lambda key, batch: init_params(net, key, *inputs(2 + LATENT)),
+        init_disc_params=lambda key, batch: init_params(disc, key, *inputs()), latent_dim=LATENT, **settings,
+    )  # fmt: skip
+
+
+BUILD = {"teacher": build_teacher, "ufogen": build_ufogen, "ddgan": build_ddgan, "siddm": build_siddm}
+PAIRS = [(SIGMA_MAX, 0.03), (SIGMA_MAX, 0.1), (SIGMA_MAX, 0.3), (0.3, 0.03), (0.6, 0.1), (0.1, 0.02)]
+ADVERSARY = {"pairs": PAIRS, "reconstruction_weight": 0.1, "r1_weight": 0.02}
+TEACHER = Row("teacher", "EDM, Heun", "teacher", {"log_mean": -2.0, "log_std": 1.4}, 4000, (2e-3,), (18, 1))
+ROWS = (
+    Row("ufogen", "UFOGen", "ufogen", ADVERSARY, 10_000, (5e-4, 1e-3), (1, 2, 4)),
+    Row("posterior", "UFOGen with posterior sampling", "ufogen", ADVERSARY | {"posterior": True}, 10_000, (5e-4, 1e-3),
+        (1,)),
+    Row("ddgan", "DDGAN", "ddgan", {"r1_gamma": 0.05, "r1_every": 1}, 10_000, (2e-4, 4e-4), (4, 2, 1)),
+    Row("siddm", "SIDDM", "siddm", {}, 10_000, (2e-4, 4e-4), (4, 2, 1)),
+)  # fmt: skip
+
+
+def train(row: Row, start: Params, seed: int) -> tuple[Method, Params, Any]:
+    """The method, the average of its generator, and aux."""
+    method, players = BUILD[row.method](start, **row.settings), ("model", "disc")
+    optimizers = {
+        player: optax.adam(
+            optax.cosine_decay_schedule(lr, row.steps, 0.01), **({} if row is TEACHER else {"b1": 0.5, "b2": 0.9})
+        )
+        for player, lr in zip(players, row.rates, strict=False)
+    }
+    rng = np.random.default_rng(1000 + seed)
+
+    def draw(*shape: int) -> dict[str, np.ndarray]:
+        points = MIXTURE.draw(rng, int(np.prod(shape)))[0]
+        return {"x0": points.astype(np.float32).reshape(*shape, 2)}
+
+    averages = (ema.warmup("ema", 0.999, players=("model",)),)
+    state = plane.fit(method, optimizers, averages, draw, steps=row.steps, batch=row.batch, seed=seed)
+    return method, state.ema["ema"]["model"], state.aux
+
+
+def judged(points: np.ndarray) -> dict[str, float]:
+    """Modes that hold at least a tenth of their share, the share of samples within 3 deviations, and of modes' mass."""
+    far = np.linalg.norm(points[:, None] - MIXTURE.modes[None], axis=2)
+    near = np.bincount(far.argmin(1)[far.min(1) < 3 * STD], minlength=25)
+    share = near / max(near.sum(), 1)
+    return {
+        "modes": int((near >= len(points) / 250).sum()),
+        "near": float(near.sum() / len(points)),
+        "uneven": float(0.5 * np.abs(share - 1 / 25).sum()),
+    }
+
+
+def settings_of(row: Row) -> Any:
+    """All that a result depends on, in the form in which JSON gives it back."""
+    above = [STD, NUM, WIDTH, LATENT, SIGMA_DATA, SIGMA_MAX] if row is TEACHER else settings_of(TEACHER)
+    return json.loads(json.dumps([row, above]))
+
+
+def kept(row: Row, seed: int, folder: Path) -> dict[str, Any] | None:
+    """The result on record, if it was made with these settings."""
+    record = folder / f"{row.name}-{seed}.json"
+    found = json.loads(record.read_text()) if record.is_file() else {}
+    return found if found.get("settings") == settings_of(row) else None
+
+
+def run(row: Row, seed: int, folder: Path) -> None:
+    """Trains and judges a row, and keeps {"settings", "cpu_s", number of steps: scores}."""
+    start: Params = {}
+    if row is not TEACHER:
+        with np.load(folder / f"teacher-{seed}.npz") as flat:
+            start = traverse_util.unflatten_dict({path: jnp.asarray(flat[path]) for path in flat}, sep="/")
+    began = time.process_time()
+    method, params, aux = train(row, start, seed)
+    found: dict[str, Any] = {"settings": settings_of(row), "cpu_s": time.process_time() - began}
+    noise, key = jax.random.normal(jax.random.key(100 + seed), (NUM, 2)), jax.random.key(seed)
+    for n in row.calls:
+        generate = jax.jit(lambda params, n=n: method.generate(params, aux, key, noise, {}, Sampling(num_steps=n)))
+        points = np.asarray(generate({"model": params}))
+        found[str(n)] = judged(points)
+        np.save(folder / f"{row.name}-{seed}.{n}.npy", points[: plane.SHOWN])
+        print(f"{row.name} {seed}, {n} steps: {found[str(n)]}, {found['cpu_s']:.0f} CPU s", flush=True)
+    if row is TEACHER:
+        flat: Any = traverse_util.flatten_dict(params, sep="/")
+        np.savez(folder / f"teacher-{seed}.npz", **flat)
+    (folder / f"{row.name}-{seed}.json").write_text(json.dumps(found))
+
+
+def main() -> int:
+    """Trains, judges, writes."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "grid", help="folder of what is done")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default="", help="names of rows, comma-separated")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "grid.md")
+    parser.add_argument("--no-train", action="store_true", help="write the page of what is there")
+    args = parser.parse_args()
+    names = [name for name in args.only.split(",") if name]
+    if unknown := sorted(set(names) - {row.name for row in ROWS}):
+        print(f"error: unknown row {unknown[0]!r}; rows are {', '.join(row.name for row in ROWS)}", file=sys.stderr)
+        return 2
+    args.runs.mkdir(parents=True, exist_ok=True)
+    rows = [TEACHER, *(row for row in ROWS if not names or row.name in names)]
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    for seed, row in itertools.product(seeds, rows):
+        if not args.no_train and kept(row, seed, args.runs) is None:
+            run(row, seed, args.runs)
+    found = [(row, [f for seed in seeds if (f := kept(row, seed, args.runs)) is not None]) for row in rows]
+    found = [(row, of) for row, of in found if of]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page(found))
+    picture([row for row, _ in found], seeds[0], args.runs, args.out.parent / "images")
+    return 0
+
+
+def page(found: list[tuple[Row, list[dict[str, Any]]]]) -> str:
+    """The text of docs/grid.md."""
+    lines = []
+    for row, of in found:
+        for n in row.calls:
+            modes, near, uneven = ([f[str(n)][name] for f in of] for name in ("modes", "near", "uneven"))
+            cells = [row.name, row.label, n, len(of), _spread(modes, "d"), _spread(near, ".3f"), _spread(uneven, ".3f")]
+            cells.append(f"{statistics.median(f['cpu_s'] for f in of):.0f}")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    true = judged(MIXTURE.draw(np.random.default_rng(0), NUM)[0])
+    settings = [
+        f"- **{row.name}**: steps {row.steps}, batch {row.batch}, learning rates {row.rates}, {row.settings}"
+        for row, _ in found
+    ]
+    return PAGE.format(
+        std=STD, num=NUM, near=f"{true['near']:.3f}", uneven=f"{true['uneven']:.3f}", table="\n".join(lines),
+        settings="\n".join(settings), width=WIDTH, latent=LATENT, jax=jax.__version__,
+    )  # fmt: skip
+
+
+def _spread(values: list[float], form: str) -> str:
+    middle = f"{statistics.median_low(values):{form}}"
+    return middle if len(values) < 2 else f"{middle} ({min(values):{form}} to {max(values):{form}})"
+
+
+def picture(rows: list[Row], seed: int, folder: Path, images: Path) -> None:
+    """Samples of every row at its first number of steps, and of the rows with several at one."""
+    panels = {"the mixture": MIXTURE.draw(np.random.default_rng(0), plane.SHOWN)[0]}
+    for row in rows:
+        for n in sorted({row.calls[0], 1}, reverse=True):
+            strip = folder / f"{row.name}-{seed}.{n}.npy"
+            if strip.is_file():
+                panels[f"{row.label}, {n} {'step' if n == 1 else 'steps'}"] = np.load(strip)
+    plane.scatter(panels, images / "grid.png")
+
+
+PAGE = """# The grid
+
+25 Gaussians of deviation {std} on a grid over [-1, 1]^2: does a generator find them all, and in how many steps?
+`python scripts/grid.py` trains what is missing and writes this page; what the rows are stands in that file.
+
+| | method | steps | seeds | modes of 25 | within 3 deviations | uneven | CPU s |
+|---|---|---|---|---|---|---|---|
+{table}
+
+Of {num} samples. A mode is found if a tenth of its share of them lies within 3 deviations of it. "Uneven" is the
+distance in total variation of the modes' shares from equal ones. As many true points score 25, {near} and {uneven}.
+Medians over the seeds with their range; CPU seconds are of one core and of the method's own training.
+
+UFOGen starts from the teacher; ddgan and siddm start from random weights, as in their papers, with a latent of
+{latent}. `posterior` is UFOGen whose samples for the discriminator come from the posterior given x_t, as in diffusion
+GANs: what the adversary compares then hardly depends on the generator at the noisiest level, and one step fails.
+
+![samples](images/grid.png)
+
+Settings, with MLPs of three blocks of {width} features:
+
+{settings}
+
+jax {jax}.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
