@@ -32,7 +32,8 @@ def build(
     scratch: bool = False,
     states: int = 4,
     latent_dim: int = 16,
-    r1_gamma: float = 0.2,
+    r1_gamma: float = 0.05,
+    r1_sigma: float = 0.05,
     num_steps: int = 2500,
     batch_size: int = 64,
     lr: float = 2e-4,
@@ -46,7 +47,9 @@ def build(
     sample_every: int = 1000,
     smoke: bool = False,
 ) -> Experiment:
-    """Settings: scratch True leaves the teacher out; states is T; latent_dim 0 leaves the latent out."""
+    """Settings: scratch True leaves the teacher out; states is T; latent_dim 0 leaves the latent out; r1_gamma 0 takes no
+    R1, r1_sigma 0 takes it exactly, with second derivatives.
+    """
     if smoke:
         num_steps, batch_size, width, disc_width, checkpoint_every, sample_every = 4, 8, 8, 2, 2, 4
     unet = UNet(
@@ -105,6 +108,7 @@ def build(
         latent_dim=latent_dim or None,
         parameterization=parameterization.edm(SIGMA_DATA, net_time),
         r1_gamma=r1_gamma,
+        r1_sigma=r1_sigma or None,
         r1_every=1,  # a lazy penalty saves no time on a CPU
     )
 

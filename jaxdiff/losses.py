@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxdiff.process import Bridge, Variance, posterior_mean
-from jaxdiff.types import expand
+from jaxdiff.types import Key, expand
 
 Distance = Callable[[Array, Array], Array]
 Logits = Callable[[Array], Array]
@@ -252,6 +252,23 @@ def approximated_r1(
     Source: Lin et al. 2025 (arXiv:2501.08316) eq. 4.
     """
     return mse(logits(x), logits(x + jnp.asarray(sigma, x.dtype) * noise))
+
+
+def r1_or_estimate(
+    logits: Logits, x: Float[Array, "b ..."], key: Key | None, sigma: float | None
+) -> Float[Array, " b"]:
+    """`r1` where sigma is None, else `approximated_r1` over sigma^2, which means the same and draws its noise from key.
+
+    Where an example has several logits, r1 is of their sum and the estimate the mean of theirs.
+
+    Raises:
+      ValueError: for a sigma without a key.
+    """
+    if sigma is None:
+        return r1(logits, x)
+    if key is None:
+        raise ValueError("an estimate of R1 draws noise; give a key, or sigma=None for the gradient itself")
+    return approximated_r1(logits, x, jax.random.normal(key, x.shape, x.dtype), sigma) / sigma**2
 
 
 def _normal_cdf(x):

@@ -31,6 +31,8 @@ def discriminator_loss(
     adversarial: losses.Adversarial,
     r1_gamma: float = 0.0,
     r1_every: int = 1,
+    r1_sigma: float | None = None,
+    key: Key | None = None,
 ) -> tuple[Array, Metrics]:
     """The discriminator's loss; no gradient reaches the generator.
 
@@ -41,6 +43,7 @@ def discriminator_loss(
       adversarial: loss of the logits.
       r1_gamma: the penalty is r1_gamma / 2 times the squared gradient in the real x_s, with x_t held; 0 for none.
       r1_every: the penalty is not multiplied by it, unlike StyleGAN2's.
+      r1_sigma: None for the gradient itself; else its estimate by a step of that deviation, drawn from `key`.
 
     Returns:
       The loss, and metrics: logit_real and logit_fake [B], also by level; with a penalty r1, the mean squared
@@ -57,7 +60,10 @@ def discriminator_loss(
         return loss, metrics
 
     def squared_gradient():
-        return losses.r1(lambda x_s: judge(x_s, shown.x_t, shown.time), shown.real).mean()
+        def judged(x_s):
+            return judge(x_s, shown.x_t, shown.time)
+
+        return losses.r1_or_estimate(judged, shown.real, key, r1_sigma).mean()
 
     r1 = lazily(step, r1_every, squared_gradient)
     return loss + 0.5 * r1_gamma * r1, metrics | {"r1": r1}
@@ -90,6 +96,7 @@ def ddgan(
     adversarial: losses.Adversarial | None = None,
     r1_gamma: float = 0.02,
     r1_every: int = 15,
+    r1_sigma: float | None = None,
 ) -> Method:
     """A denoising diffusion GAN. Batches are {"x0": [B, ...], further arrays as conditioning of both networks}.
 
@@ -103,7 +110,7 @@ def ddgan(
       latent_dim: D of z; None for a generator without a latent, much worse in the paper.
       parameterization: what the generator's output means; None for x0 with t as it is.
       adversarial: loss of the logits; None for `losses.non_saturating()`.
-      r1_gamma, r1_every: see `discriminator_loss`; the defaults are CIFAR-10's.
+      r1_gamma, r1_every, r1_sigma: see `discriminator_loss`; the defaults are CIFAR-10's.
 
     Returns:
       Method with the players "disc" and "model", updated in this order. `generate` takes all T steps, or n of them
@@ -115,7 +122,7 @@ def ddgan(
 
     Source: Xiao et al. 2022 (arXiv:2112.07804) algorithms 1-2.
     """
-    _check(latent_dim, r1_gamma, r1_every)
+    _check(latent_dim, r1_gamma, r1_every, r1_sigma)
     betas = schedules.vp_betas(4) if betas is None else betas
     schedule, time_sampler = schedules.discrete(betas), times.uniform_index(len(betas))
     meaning = parameterizations.x0() if parameterization is None else parameterization
@@ -140,7 +147,10 @@ def ddgan(
     def disc_objective(params, aux, batch, key, step):
         del aux
         judge, shown = play(params, batch, key)
-        return discriminator_loss(judge, shown, step, adversarial=adversarial, r1_gamma=r1_gamma, r1_every=r1_every)
+        return discriminator_loss(
+            judge, shown, step, adversarial=adversarial, r1_gamma=r1_gamma, r1_every=r1_every, r1_sigma=r1_sigma,
+            key=jax.random.fold_in(key, 3),
+        )  # fmt: skip
 
     def model_objective(params, aux, batch, key, step):
         del aux, step
@@ -165,7 +175,7 @@ def ddgan(
     return Method(init, (Objective("disc", disc_objective), Objective("model", model_objective)), generate)
 
 
-def _check(latent_dim, r1_gamma, r1_every):
+def _check(latent_dim, r1_gamma, r1_every, r1_sigma):
     if latent_dim is not None and latent_dim < 1:
         raise ValueError(
             f"ddgan: latent_dim must be at least 1, got {latent_dim}; None is a generator without a latent"
@@ -174,3 +184,5 @@ def _check(latent_dim, r1_gamma, r1_every):
         raise ValueError(f"ddgan: r1_gamma must not be negative, got {r1_gamma}; 0 is no penalty")
     if r1_every < 1:
         raise ValueError(f"ddgan: r1_every must be at least 1 step, got {r1_every}")
+    if r1_sigma is not None and not r1_sigma > 0:
+        raise ValueError(f"ddgan: r1_sigma must be positive, got {r1_sigma}; None takes the gradient itself")

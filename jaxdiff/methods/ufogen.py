@@ -283,13 +283,7 @@ def ufogen(
         if not r1_weight:
             return loss, metrics
 
-        def penalty():
-            if r1_sigma is None:
-                return losses.r1(judge, real).mean()
-            noise = jax.random.normal(penalty_key, real.shape, real.dtype)
-            return losses.approximated_r1(judge, real, noise, r1_sigma).mean() / r1_sigma**2
-
-        r1 = lazily(step, r1_every, penalty)
+        r1 = lazily(step, r1_every, lambda: losses.r1_or_estimate(judge, real, penalty_key, r1_sigma).mean())
         return loss + 0.5 * r1_weight * r1, metrics | {"r1": r1}
 
     def generator_objective(params, aux, batch, key, step):
