@@ -47,8 +47,8 @@ def build(
     sample_every: int = 1000,
     smoke: bool = False,
 ) -> Experiment:
-    """Settings: scratch True leaves the teacher out; states is T; latent_dim 0 leaves the latent out; r1_gamma 0 takes no
-    R1, r1_sigma 0 takes it exactly, with second derivatives.
+    """Settings: scratch True leaves the teacher out; states is T; latent_dim 0 leaves the latent out; r1_gamma 0 leaves
+    out R1, r1_sigma 0 takes it exactly, with second derivatives.
     """
     if smoke:
         num_steps, batch_size, width, disc_width, checkpoint_every, sample_every = 4, 8, 8, 2, 2, 4

@@ -147,3 +147,8 @@ def test_r1_is_the_squared_gradient_and_its_approximation_has_that_mean():
     noise = jax.random.normal(jax.random.key(2), many.shape)
     mean = float(losses.approximated_r1(linear, many, noise, 0.1).mean())
     assert mean == pytest.approx(0.01 * squared, rel=0.03)  # the mean of 20,000 chi-squares moves by 1 %
+    estimate = losses.r1_or_estimate(linear, many, jax.random.key(2), 0.1)
+    assert float(estimate.mean()) == pytest.approx(mean / 0.01, rel=1e-4)
+    np.testing.assert_array_equal(losses.r1_or_estimate(linear, x, None, None), losses.r1(linear, x))
+    with pytest.raises(ValueError, match="draws noise; give a key, or sigma=None"):
+        losses.r1_or_estimate(linear, x, None, 0.1)

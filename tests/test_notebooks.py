@@ -58,12 +58,14 @@ def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
 
 
 # Numbers in the tables: 10 samplers with calls and two metrics, and 5 settings with guidance, eta and two metrics; in
-# the other notebook 7 samplers and 2 runs with three metrics, and 2 edits with three figures.
+# the second notebook 7 samplers and 2 runs with three metrics, and 2 edits with three figures; in the third 6 samplers
+# and 3 runs with three metrics.
 @pytest.mark.parametrize(
     ("name", "num_figures", "num_numbers", "said"),
     [
         ("diffusion_on_digits", 8, 10 * 3 + 5 * 4, "5 settings, traced 1 time(s)"),
         pytest.param("one_step_digits", 4, 9 * 3 + 2 * 3, "45,393 parameters", marks=pytest.mark.slow),
+        pytest.param("ufogen_digits", 3, 9 * 3, "this output (eps?) determines x0 only up to", marks=pytest.mark.slow),
     ],
 )
 def test_a_notebook_runs(tmp_path, name, num_figures, num_numbers, said):

@@ -129,6 +129,9 @@ def test_the_penalty_is_the_gradient_in_x_s_alone_every_nth_step():
         r1 = 0.09 if step % 3 == 0 else 0.0
         assert float(metrics["r1"]) == pytest.approx(r1) and "r1" not in seen
         assert float(loss - without) == pytest.approx(0.25 * r1, abs=1e-6)
+    estimated = make(r1_gamma=0.5, r1_every=1, r1_sigma=0.1)
+    _, metrics = estimated.objectives[0].loss(params, aux, batch_of(), KEY, jnp.int32(1))
+    assert float(metrics["r1"]) == pytest.approx(0.09, rel=0.03)  # the mean of 40,000 chi-squares moves by 0.7 %
 
 
 def test_losses_are_those_of_the_logits():
@@ -208,6 +211,7 @@ def test_a_batch_that_does_not_divide_into_groups_is_refused_by_the_discriminato
         ({"latent_dim": 0}, "latent_dim must be at least 1, got 0"),
         ({"r1_gamma": -1.0}, "r1_gamma must not be negative, got -1.0"),
         ({"r1_every": 0}, "r1_every must be at least 1 step, got 0"),
+        ({"r1_sigma": 0.0}, "r1_sigma must be positive, got 0.0; None takes"),
         ({"parameterization": parameterization.eps()}, "at t = 3 this output .* only up to 152 times"),
         (
             {"parameterization": parameterization.eps(), "betas": schedules.zero_terminal_snr(BETAS)},
