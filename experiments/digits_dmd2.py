@@ -33,7 +33,7 @@ def build(
     judge_weight: float = 0.1,
     gan_weight: float = 0.03,
     student_steps: int = 1,
-    num_steps: int = 1500,
+    num_steps: int = 1000,
     batch_size: int = 64,
     lr: float = 2e-4,
     fake_lr: float = 1e-3,

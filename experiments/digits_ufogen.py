@@ -40,7 +40,7 @@ def build(
     r1_sigma: float = 0.05,
     posterior: bool = False,
     from_scratch: bool = False,
-    num_steps: int = 1500,
+    num_steps: int = 1000,
     batch_size: int = 64,
     lr: float = 2e-4,
     disc_lr: float = 4e-4,
