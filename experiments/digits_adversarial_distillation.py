@@ -7,8 +7,6 @@ Command: jaxdiff train experiments/digits_adversarial_distillation.py --workdir 
 Expected: not measured.
 """
 
-import functools
-
 import jax
 import optax
 
@@ -19,7 +17,7 @@ from jaxdiff.evaluation import Evaluation
 from jaxdiff.methods.adversarial_distillation import adversarial_distillation, logit_normal_share
 from jaxdiff.metrics.digits import digits_extractor
 from jaxdiff.networks import partition
-from jaxdiff.networks.base import as_network, init_params
+from jaxdiff.networks.base import as_network, init_params, param_shapes
 from jaxdiff.networks.unet import UNet, example_inputs, unet_plan
 from jaxdiff.networks.unet_discriminator import FeatureHeads
 from jaxdiff.training import alarms, ema
@@ -72,7 +70,7 @@ def build(
         _, found = unet.apply({"params": params}, x, t, cond, return_features=True)
         return [found[name].reshape(x.shape[0], -1, found[name].shape[-1]) for name in names]
 
-    shapes = jax.eval_shape(functools.partial(features, teacher_params), *example_inputs(unet))
+    shapes = jax.eval_shape(features, param_shapes(unet, *example_inputs(unet)), *example_inputs(unet))
     method = adversarial_distillation(
         as_network(unet),
         schedules.ve(0.002, levels[0]),

@@ -41,7 +41,7 @@ DISC = MLP(1, features=WIDTH, num_blocks=3, time_features=fourier_embedding)
 
 
 class Row(NamedTuple):
-    """A method: settings of `build_NAME`, steps of training, learning rates of model and discriminator, calls."""
+    """A method: settings of `build_NAME`, steps of training, Adam's rates for model and discriminator, steps judged."""
 
     name: str
     label: str
@@ -49,8 +49,9 @@ class Row(NamedTuple):
     settings: dict[str, Any]
     steps: int
     rates: tuple[float, ...]
+    momenta: tuple[float, float]
     calls: tuple[int, ...]
-    batch: int = 512
+    batch: int = 256
 
 
 def inputs(width: int = 2) -> tuple[Any, ...]:
@@ -67,12 +68,16 @@ def build_teacher(start: Params, **settings: Any) -> Method:
 
 
 def build_ufogen(start: Params, *, pairs: list[tuple[float, float]], **settings: Any) -> Method:
-    """UFOGen from the teacher."""
+    """UFOGen from the teacher; the discriminator, too, but for its last layer."""
+
+    def init_discriminator(key, batch):
+        return jax.tree.map(jnp.array, start) | {"out": init_params(DISC, key, *inputs())["out"]}
+
     return ufogen.ufogen(
         as_network(NET), as_network(DISC), schedules.ve(0.002, SIGMA_MAX),
         parameterization=parameterization.edm(SIGMA_DATA),
         init_params=lambda key, batch: jax.tree.map(jnp.array, start),
-        init_discriminator=lambda key, batch: init_params(DISC, key, *inputs()), jumps=ufogen.pair_jumps(pairs),
+        init_discriminator=init_discriminator, jumps=ufogen.pair_jumps(pairs),
         gamma=ufogen.at_t(ufogen.signal_share), **settings,
     )  # fmt: skip
 
@@ -122,14 +127,16 @@ def build_siddm(start: Params, **settings: Any) -> Method:
 
 BUILD = {"teacher": build_teacher, "ufogen": build_ufogen, "ddgan": build_ddgan, "siddm": build_siddm}
 PAIRS = [(SIGMA_MAX, 0.03), (SIGMA_MAX, 0.1), (SIGMA_MAX, 0.3), (0.3, 0.03), (0.6, 0.1), (0.1, 0.02)]
-ADVERSARY = {"pairs": PAIRS, "reconstruction_weight": 0.1, "r1_weight": 0.02}
-TEACHER = Row("teacher", "EDM, Heun", "teacher", {"log_mean": -2.0, "log_std": 1.4}, 4000, (2e-3,), (18, 1))
+UFOGEN = {"pairs": PAIRS, "reconstruction_weight": 0.1, "r1_weight": 0.002, "r1_sigma": 0.01}
+TEACHER = Row("teacher", "EDM, Heun", "teacher", {"log_mean": -2.0, "log_std": 1.4}, 6000, (2e-3,), (0.9, 0.999),
+    (18, 1))  # fmt: skip
 ROWS = (
-    Row("ufogen", "UFOGen", "ufogen", ADVERSARY, 10_000, (5e-4, 1e-3), (1, 2, 4)),
-    Row("posterior", "UFOGen with posterior sampling", "ufogen", ADVERSARY | {"posterior": True}, 10_000, (5e-4, 1e-3),
-        (1,)),
-    Row("ddgan", "DDGAN", "ddgan", {"r1_gamma": 0.05, "r1_every": 1}, 10_000, (2e-4, 4e-4), (4, 2, 1)),
-    Row("siddm", "SIDDM", "siddm", {}, 10_000, (2e-4, 4e-4), (4, 2, 1)),
+    Row("ufogen", "UFOGen", "ufogen", UFOGEN, 10_000, (3e-4, 1e-3), (0.0, 0.99), (1, 2, 4)),
+    Row("posterior", "UFOGen with posterior sampling", "ufogen", UFOGEN | {"posterior": True}, 10_000, (3e-4, 1e-3),
+        (0.0, 0.99), (1,)),
+    Row("ddgan", "DDGAN", "ddgan", {"r1_gamma": 0.02, "r1_every": 1, "r1_sigma": 0.01}, 15_000, (2e-4, 4e-4),
+        (0.5, 0.9), (4, 2, 1)),
+    Row("siddm", "SIDDM", "siddm", {}, 15_000, (2e-4, 4e-4), (0.5, 0.9), (4, 2, 1)),
 )  # fmt: skip
 
 
@@ -137,9 +144,7 @@ def train(row: Row, start: Params, seed: int) -> tuple[Method, Params, Any]:
     """The method, the average of its generator, and aux."""
     method, players = BUILD[row.method](start, **row.settings), ("model", "disc")
     optimizers = {
-        player: optax.adam(
-            optax.cosine_decay_schedule(lr, row.steps, 0.01), **({} if row is TEACHER else {"b1": 0.5, "b2": 0.9})
-        )
+        player: optax.adam(optax.cosine_decay_schedule(lr, row.steps, 0.01), *row.momenta)
         for player, lr in zip(players, row.rates, strict=False)
     }
     rng = np.random.default_rng(1000 + seed)
@@ -238,7 +243,8 @@ def page(found: list[tuple[Row, list[dict[str, Any]]]]) -> str:
             lines.append(f"| {' | '.join(map(str, cells))} |")
     true = judged(MIXTURE.draw(np.random.default_rng(0), NUM)[0])
     settings = [
-        f"- **{row.name}**: steps {row.steps}, batch {row.batch}, learning rates {row.rates}, {row.settings}"
+        f"- **{row.name}**: steps {row.steps}, batch {row.batch}, Adam's rates {row.rates} and momenta {row.momenta}, "
+        f"{row.settings}"
         for row, _ in found
     ]
     return PAGE.format(

@@ -89,6 +89,20 @@ ROWS = (
 )  # fmt: skip
 
 
+ABLATIONS = (
+    Row("ufogen-blind", "UFOGen without reconstruction", "digits_ufogen.py", {"reconstruction_weight": 0.0}, (1,)),
+    Row("ufogen-scratch", "UFOGen from random weights", "digits_ufogen.py", {"from_scratch": True}, (1,)),
+    Row("ufogen-posterior", "UFOGen with posterior sampling", "digits_ufogen.py", {"posterior": True}, (1,)),
+    Row("ufogen-no-r1", "UFOGen without R1", "digits_ufogen.py", {"r1_weight": 0.0}, (1,)),
+    Row("siddm-marginal", "SIDDM without auxiliary forward diffusion", "digits_siddm.py", {"forward_weight": 0.0},
+        (4, 2, 1)),
+    Row("siddm-no-regressor", "SIDDM without its regressor", "digits_siddm.py", {"regressor": False}, (4, 2, 1)),
+    Row("flow-3", "3-rectified flow", "digits_rectified_flow.py", PAIRS, before="flow-2"),
+)  # fmt: skip
+ALL = (*ROWS, *ABLATIONS)
+WHOLE = ("ufogen", "siddm", "flow", "flow-2")  # what stands beside them
+
+
 def main() -> int:
     """Trains, judges, writes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -101,16 +115,21 @@ def main() -> int:
     parser.add_argument("--no-train", action="store_true", help="judge what is there")
     args = parser.parse_args()
     names = [name for name in args.only.split(",") if name]
-    if unknown := sorted(set(names) - {row.name for row in ROWS}):
-        print(f"error: unknown row {unknown[0]!r}; rows are {', '.join(row.name for row in ROWS)}", file=sys.stderr)
+    if unknown := sorted(set(names) - {row.name for row in ALL}):
+        print(f"error: unknown row {unknown[0]!r}; rows are {', '.join(row.name for row in ALL)}", file=sys.stderr)
         return 2
-    rows = [row for row in ROWS if not names or row.name in names]
+    rows = [row for row in ALL if not names or row.name in names]
     seeds = [int(seed) for seed in args.seeds.split(",")]
     teacher = args.runs / "teacher"
-    planned = [(row, seed, args.runs / f"{row.name}-{seed}") for seed in seeds for row in rows]
+    planned = [
+        (row, seed, args.runs / f"{row.name}-{seed}")
+        for seed in seeds
+        for row in rows
+        if row not in ABLATIONS or seed == seeds[0]
+    ]
     if not args.no_train:
         train(teacher, EXPERIMENTS / TEACHER, {})
-        locks = {f"{row.name}-{seed}": threading.Lock() for seed in seeds for row in ROWS}
+        locks = {f"{row.name}-{seed}": threading.Lock() for seed in seeds for row in ALL}
         with concurrent.futures.ThreadPoolExecutor(args.jobs, initializer=own_core) as pool:
             list(pool.map(lambda p: train_row(p[0], p[1], args.runs, locks), planned))
     report(teacher, [run for run in planned if run[0].calls], args.out, args.note)
@@ -214,17 +233,20 @@ def report(teacher: Path, planned: list[tuple[Row, int, Path]], out: Path, note:
     lines = [_row("real training images", "", [real], scale, "")]
     lines += [_row("teacher, DDIM", n, [best[str(n)]], scale, f"{cost:.0f}") for n in TEACHER_CALLS]
     curves: dict[str, dict[int, float]] = {"teacher, DDIM": {n: best[str(n)]["frechet"] for n in TEACHER_CALLS}}
-    rows = {row.name: row for row, _, _ in planned}
+    rows, ablated = {row.name: row for row, _, _ in planned}, []
     for row in rows.values():
         folders = [folder for other, _, folder in planned if other.name == row.name]
         done = [folder for folder in folders if _done(folder)]
         if not done:
             continue
         judged = [judge(folder, row.calls, None, row.steps) for folder in done]
-        costs = [_cost(row, folder) for folder in done]
-        for n in row.calls:
-            seconds = f"{statistics.median(costs):.0f}"
-            lines.append(_row(row.label, n, [j[str(n)] for j in judged], scale, seconds))
+        seconds = f"{statistics.median(_cost(row, folder) for folder in done):.0f}"
+        judged_rows = [_row(row.label, n, [j[str(n)] for j in judged], scale, seconds) for n in row.calls]
+        if row in ABLATIONS or row.name in WHOLE:
+            ablated += judged_rows
+        if row in ABLATIONS:
+            continue
+        lines += judged_rows
         curves[row.label] = {n: statistics.median(j[str(n)]["frechet"] for j in judged) for n in row.calls}
     head = [
         "method",
@@ -238,14 +260,16 @@ def report(teacher: Path, planned: list[tuple[Row, int, Path]], out: Path, note:
         "recall",
         "CPU s",
     ]
-    table = "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
+    top = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    table, parts = "\n".join([*top, *lines]), "\n".join([*top, *ablated])
+    planned = [run for run in planned if run[0] not in ABLATIONS]
     images = out.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     _plot(curves, real["frechet"], images / "ladder.png")
     _grid(teacher, planned, images / "ladder_samples.png")
     _health(planned, images / "ladder_health.png")
-    out.write_text(PAGE.format(table=table, num=NUM, note=f"\n{note}\n" if note else ""))
-    print(table)
+    out.write_text(PAGE.format(table=table, parts=parts, num=NUM, note=f"\n{note}\n" if note else ""))
+    print(table, parts, sep="\n\n")
 
 
 def _done(folder: Path) -> bool:
@@ -254,7 +278,7 @@ def _done(folder: Path) -> bool:
 
 
 def _row_of(name: str) -> Row:
-    return next(row for row in ROWS if row.name == name)
+    return next(row for row in ALL if row.name == name)
 
 
 def _cost(row: Row, folder: Path) -> float:
@@ -357,6 +381,13 @@ Loss and gradient norm of a normal run. A consistency loss says little by itself
 may be refined while training, and a distance that falls to zero at once means that the network answers with a constant.
 
 ![health](images/ladder_health.png)
+
+## What the parts are worth
+
+Methods without one of the parts that their papers rest on, one seed each, beside the whole method. A flow's number is
+one more than that of its reflows.
+
+{parts}
 """
 
 

@@ -8,8 +8,10 @@ schedule is known here.
 import contextlib
 import difflib
 import hashlib
+import re
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.core
@@ -132,6 +134,18 @@ def grown(params: Params, teacher_params: Params) -> Params:
     return student
 
 
+def misfit(message: str) -> str:
+    """What Flax says about parameters that a module cannot take, in words of ours."""
+    remedy = "build the network as the one that the parameters are of"
+    if found := re.match(r'For parameter "(.+?)" in "/(.*?)",.* shape (\(.*?\)),.* shape (\(.*?\))\.', message):
+        name, scope, wanted, got = found.groups()
+        return f"parameter {scope}/{name} is {got}, the network takes {wanted}; {remedy}"
+    if found := re.match(r'Could not find parameter named "(.+?)" in scope "/(.*?)"', message):
+        name, scope = found.groups()
+        return f"parameter {scope}/{name} of the network is missing; {remedy}"
+    return f"{message}; {remedy}"
+
+
 def as_network(module: nn.Module, *, forward_mode: bool = False) -> Network:
     """The module's `apply` as a `Network`: (params, x_t, t, cond, *, train, key) -> [B, ...].
 
@@ -140,7 +154,8 @@ def as_network(module: nn.Module, *, forward_mode: bool = False) -> Network:
       forward_mode: whether `jax.jvp` will go through it; see `attention.forward_mode`.
 
     Returns:
-      A pure function. `key` feeds dropout and is needed only where `train` is true and the module drops something.
+      A pure function. `key` feeds dropout and is needed only where `train` is true and the module drops something. It
+      raises a ValueError, while tracing, for parameters that are not the module's.
     """
 
     def network(
@@ -148,7 +163,10 @@ def as_network(module: nn.Module, *, forward_mode: bool = False) -> Network:
     ) -> Array:
         rngs = None if key is None else {"dropout": key}
         with attention.forward_mode() if forward_mode else contextlib.nullcontext():
-            out: Any = module.apply({"params": params}, x_t, t, cond, train=train, rngs=rngs)
+            try:
+                out: Any = module.apply({"params": params}, x_t, t, cond, train=train, rngs=rngs)
+            except (flax.errors.ScopeParamShapeError, flax.errors.ScopeParamNotFoundError) as error:
+                raise ValueError(misfit(str(error))) from error
         return out
 
     return network
