@@ -160,12 +160,12 @@ BUILD = {
 
 
 def rounds(**settings: Any) -> tuple[Any, ...]:
-    """Progressive distillation from 16 steps, longer where the map gets harder."""
-    lengths = {16: 1000, 8: 1000, 4: 2000, 2: 4000, 1: 6000}
-    return tuple(("round", Recipe(steps, 1e-3, 0.99), {"num_steps": n, **settings}) for n, steps in lengths.items())
+    """Progressive distillation from 32 steps, longer where the map gets harder."""
+    lengths = {32: 1000, 16: 1000, 8: 2000, 4: 4000, 2: 6000, 1: 10_000}
+    return tuple(("round", Recipe(steps, 1e-3, 0.995), {"num_steps": n, **settings}) for n, steps in lengths.items())
 
 
-LEVELS, W = {"log_mean": -1.5, "log_std": 1.8}, {"w": (0.0, 2.0)}
+LEVELS, W = {"log_mean": -1.5, "log_std": 1.8}, {"w": (0.0, 1.0)}
 TEACHER = Row("teacher", "EDM, undistilled", (("teacher", Recipe(3000, 2e-3), {"label_dropout": 0.1, **LEVELS}),))
 ROWS = (
     Row("cd", "consistency distillation", (("cd", Recipe(15_000, 1e-3), {"levels": 18, "mu": 0.95, "huber": 0.03}),)),
@@ -179,8 +179,8 @@ ROWS = (
     Row("scd", "sCD", (("scd", Recipe(15_000, 1e-3), {"c": 3.0, "warmup_steps": 500, **LEVELS}),)),
     Row("sct", "sCT", (("sct", Recipe(15_000, 1e-3), {"c": 3.0, "warmup_steps": 500, **LEVELS}),)),
     Row("pd", "progressive distillation", rounds()),
-    Row("guided", "guided distillation", (("guided", Recipe(3000, 1e-3), W), *rounds(**W))),
-    Row("lcm", "LCM, on points", (("lcm", Recipe(12_000, 1e-3), {"huber": 0.03, "num_ddim_steps": 50, **W}),)),
+    Row("guided", "guided distillation", (("guided", Recipe(6000, 1e-3), W), *rounds(**W))),
+    Row("lcm", "LCM, on points", (("lcm", Recipe(30_000, 1e-3), {"huber": 0.03, "num_ddim_steps": 200, **W}),)),
 )  # fmt: skip
 
 
