@@ -106,10 +106,10 @@ def train(method, optimizers, num_steps, decay=0.995):
     data = batches(digits("train"), batch_size=batch_size, seed=0)
     state = create_state(method, optimizers, averages, jax.random.key(0), next(data))
     step = jax.jit(make_train_step(method, optimizers, averages), donate_argnums=0)
-    logs = []
+    drift, logs = jax.jit(lambda state: ema.drift(state.ema, state.params)), []
     for _ in range(num_steps):
         state, metrics = step(state, next(data))
-        logs.append(metrics)
+        logs.append(metrics | drift(state))
     return state.ema["ema"], {name: np.array([float(m[name]) for m in logs]) for name in logs[0]}
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff.training import distributed, faults, logs, sharding
+from jaxdiff.training import distributed, ema, faults, logs, sharding
 from jaxdiff.training.checkpoint import Checkpoints, as_path
 from jaxdiff.training.experiment import BatchSource, Experiment
 from jaxdiff.training.goodput import COMPILE, INPUT, RESTORE, SAMPLE, SAVE, STEP, Record, Stopwatch
@@ -24,6 +24,7 @@ from jaxdiff.training.state import TrainState, abstract_state, create_state
 from jaxdiff.training.step import make_train_step
 from jaxdiff.training.stopping import stop_signals
 from jaxdiff.training.workdir import CHECKPOINTS, check_workdir, make_folder, open_workdir
+from jaxdiff.types import Metrics
 
 SampleHook = Callable[[TrainState, int], None]
 LOWER = "lower the learning rate or clip gradients"
@@ -109,6 +110,7 @@ def train(
         step_fn = make_train_step(method, experiment.optimizers, experiment.ema, accumulate=experiment.accumulate)
         places = sharding.state_shardings(state, mesh, partition=experiment.partition)
         step_fn = sharding.jit_train_step(step_fn, mesh, places)
+        drift = jax.jit(lambda state: ema.drift(state.ema, state.params))  # not in every step: it costs messages
         about = {"experiment": experiment.describe(), "batch": example}
         stop_at = stack.enter_context(stop_signals())
         owed = False  # a checkpoint that an alarm put off
@@ -130,7 +132,7 @@ def train(
                 report.check()
             owed = save and report.alarmed and not last
             if log:
-                report.log()
+                report.log(drift(state))
             if save and not owed:
                 with stopwatch.during(SAVE):
                     report.check_params(state)
@@ -198,8 +200,9 @@ class _Report:
         """Whether an alarm may soon stop the run."""
         return self._inspector.alarmed
 
-    def log(self) -> None:
-        scalars = self._window.summary()
+    def log(self, drift: Metrics) -> None:
+        """Writes the means since the last line, and how far each player is from its averages."""
+        scalars = self._window.summary() | {name: float(value) for name, value in drift.items()}
         for writer in (*self._writers, self._progress):
             writer.write(self._step, scalars)
         self._record.write("alive", self._step)

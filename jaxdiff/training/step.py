@@ -56,9 +56,9 @@ def make_train_step(
     Returns:
       (state, batch) -> (state, metrics), pure, not yet compiled. Objective i draws from
       fold_in(fold_in(key, step), i), folded once more with the micro-batch. Metrics are scalars: `finite` (bool, all
-      objectives), the method's own by their own names (arrays as means), per average `PLAYER/drift_NAME`, and per
-      objective `PLAYER/loss` and `PLAYER/grad_norm` (the second objective of one player is called PLAYER_2). Where an
-      objective did not fire, its entries are NaN, integers 0; `advance` sees the same.
+      objectives), the method's own by their own names (arrays as means), and per objective `PLAYER/loss` and
+      `PLAYER/grad_norm` (the second objective of one player is called PLAYER_2). Where an objective did not fire, its
+      entries are NaN, integers 0; `advance` sees the same.
 
     Raises:
       ValueError: if players and optimisers do not match, or accumulate or `every` is below 1. While tracing: if two
@@ -94,7 +94,7 @@ def make_train_step(
         params, opt_state, aux = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
         averages = ema_lib.update(emas, state.ema, params, state.step, batch_size, moving=finite)
         _merge(logs, {name: _mean(value) for name, value in metrics.items()}, "the method")
-        _merge(logs, ema_lib.drift(averages, params) | {"finite": finite}, "the train step")
+        _merge(logs, {"finite": finite}, "the train step")
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=averages, aux=aux)
         return state, logs
 
