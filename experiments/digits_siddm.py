@@ -123,16 +123,12 @@ def build(
         denoise_weight=denoise_weight,
     )
 
-    def adam(lr):
-        rate = optax.cosine_decay_schedule(lr, max(num_steps, 2), 0.05)
-        return optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate, b1=0.5, b2=0.9))
-
     return Experiment(
         name="digits_siddm",
         method=method,
         networks={"model": unet, "disc": disc},
         data=lambda: batches(digits("train"), batch_size=batch_size, seed=seed),
-        optimizers={"model": adam(lr), "disc": adam(disc_lr)},
+        optimizers={"model": optax.adam(lr, b1=0.0, b2=0.99), "disc": optax.adam(disc_lr, b1=0.0, b2=0.99)},
         ema=(ema.warmup("ema", ema_decay, players=("model",)),),
         partition=partition.UNET,
         sample_shape=(8, 8, 1),
