@@ -5,7 +5,7 @@ generator is the teacher's UNet with a latent, and the discriminator the same ne
 that starts unseen, so that minutes of one core suffice. It judges pixel by pixel: what tells a mean from an image this
 small is in its details.
 Command: jaxdiff train experiments/digits_ddgan.py --workdir runs/ladder/ddgan-0 (needs digits_edm.py's run first)
-Expected: at 4 calls within 1.5 times the teacher's Frechet distance at 50; not measured yet.
+Expected: at 4 calls within 1.5 times the teacher's Frechet distance at 50; 1.68 after 800 steps, seed 0.
 """
 
 import jax

@@ -3,7 +3,7 @@
 Paper: Yin et al. 2024 (arXiv:2405.14867) on the teacher's own noise levels. Weights and learning rates are ours; the
 judge reads the middle of the fake score's UNet, as in the release.
 Command: jaxdiff train experiments/digits_dmd2.py --workdir runs/ladder/dmd2-0 (needs digits_edm.py's run first)
-Expected: not measured yet.
+Expected: in one step 1.08 times the teacher's Frechet distance at 50 calls (docs/ladder.md).
 """
 
 import jax

@@ -261,7 +261,9 @@ def report(teacher: Path, planned: list[tuple[Row, int, Path]], out: Path, note:
         "CPU s",
     ]
     top = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    table, parts = "\n".join([*top, *lines]), "\n".join([*top, *ablated])
+    table = "\n".join([*top, *lines])
+    any_part = any(row in ABLATIONS and _done(folder) for row, _, folder in planned)
+    parts = PARTS.format(table="\n".join([*top, *ablated])) if any_part else ""
     planned = [run for run in planned if run[0] not in ABLATIONS]
     images = out.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -269,7 +271,7 @@ def report(teacher: Path, planned: list[tuple[Row, int, Path]], out: Path, note:
     _grid(teacher, planned, images / "ladder_samples.png")
     _health(planned, images / "ladder_health.png")
     out.write_text(PAGE.format(table=table, parts=parts, num=NUM, note=f"\n{note}\n" if note else ""))
-    print(table, parts, sep="\n\n")
+    print(table, parts, sep="\n")
 
 
 def _done(folder: Path) -> bool:
@@ -381,13 +383,14 @@ Loss and gradient norm of a normal run. A consistency loss says little by itself
 may be refined while training, and a distance that falls to zero at once means that the network answers with a constant.
 
 ![health](images/ladder_health.png)
-
+{parts}"""
+PARTS = """
 ## What the parts are worth
 
 Methods without one of the parts that their papers rest on, one seed each, beside the whole method. A flow's number is
 one more than that of its reflows.
 
-{parts}
+{table}
 """
 
 

@@ -174,7 +174,7 @@ ROWS = (
     Row("ccd", "continuous-time CD", (("ccd", Recipe(15_000, 5e-4), {}),)),
     Row("cct", "continuous-time CT", (("cct", Recipe(15_000, 5e-4), {}),)),
     Row("ict", "improved consistency training",
-        (("ict", Recipe(15_000, 1e-3), {"first": 10, "last": 640, "huber": 0.03, **LEVELS}),)),
+        (("ict", Recipe(15_000, 1e-3), {"first": 10, "last": 1280, "huber": 0.03, **LEVELS}),)),
     Row("ect", "easy consistency tuning", (("ect", Recipe(15_000, 1e-3), {"stages": 10, "huber": 0.03, **LEVELS}),)),
     Row("scd", "sCD", (("scd", Recipe(15_000, 1e-3), {"c": 3.0, "warmup_steps": 500, **LEVELS}),)),
     Row("sct", "sCT", (("sct", Recipe(15_000, 1e-3), {"c": 3.0, "warmup_steps": 500, **LEVELS}),)),
