@@ -4,7 +4,7 @@ Paper: Xu et al. 2023 (arXiv:2311.09257), on the teacher's noise levels instead 
 compared must suit images this small: at those of a cosine chain's quarters the discriminator sees nothing. Weights,
 learning rates and R1 are ours; the discriminator is the teacher's way down and middle with small heads.
 Command: jaxdiff train experiments/digits_ufogen.py --workdir runs/ladder/ufogen-0 (needs digits_edm.py's run first)
-Expected: in one step 1.06 times the teacher's Frechet distance at 50 calls, 1.03 to 1.19 on three seeds (docs/ladder.md).
+Expected: in one step 1.06 times the teacher's Frechet distance at 50 calls (docs/ladder.md).
 """
 
 import jax
