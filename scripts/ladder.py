@@ -310,9 +310,9 @@ def _plot(curves: dict[str, dict[int, float]], real: float, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for label, points in curves.items():
-        calls = sorted(points)
-        style = {"color": "black", "linewidth": 2} if label.startswith("teacher") else {}
+    for place, (label, points) in enumerate(curves.items()):
+        calls, color = sorted(points), matplotlib.colormaps["tab20"](place % 20)
+        style = {"color": "black", "linewidth": 2} if label.startswith("teacher") else {"color": color}
         axes.plot(calls, [points[n] for n in calls], marker="o", label=label, **style)
     axes.axhline(real, color="grey", linestyle=":", label="real training images")
     axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="Frechet distance to held-out digits")
@@ -323,13 +323,21 @@ def _plot(curves: dict[str, dict[int, float]], real: float, path: Path) -> None:
     pyplot.close(figure)
 
 
+def _of_first_seed(planned: list[tuple[Row, int, Path]]) -> dict[str, tuple[Row, Path]]:
+    """{name: (row, its first run)} in the order of the table."""
+    first: dict[str, tuple[Row, Path]] = {}
+    for row, _, folder in planned:
+        first.setdefault(row.name, (row, folder))
+    return first
+
+
 def _grid(teacher: Path, planned: list[tuple[Row, int, Path]], path: Path) -> None:
     """A row of samples for the teacher at 50 calls and for each method at one."""
     import numpy as np
 
     from jaxdiff import pictures
 
-    first = {row.name: (row, folder) for row, _, folder in reversed(planned)}
+    first = _of_first_seed(planned)
     strips = [teacher.with_suffix(".50.npy")] + [
         folder.with_suffix(f".{row.calls[0]}.npy") for row, folder in first.values()
     ]
@@ -344,7 +352,7 @@ def _health(planned: list[tuple[Row, int, Path]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    first = {row.name: (row, folder) for row, _, folder in reversed(planned) if (folder / "metrics.jsonl").is_file()}
+    first = {name: run for name, run in _of_first_seed(planned).items() if (run[1] / "metrics.jsonl").is_file()}
     figure, axes = pyplot.subplots(2, max(len(first), 1), figsize=(2.2 * max(len(first), 1), 4), squeeze=False)
     for column, (row, folder) in enumerate(first.values()):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
