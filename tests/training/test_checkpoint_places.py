@@ -64,10 +64,9 @@ def files_below(size):
 @pytest.mark.parametrize("size", [0, 300, 1500], ids=["nothing", "little", "all but the largest file"])
 def test_a_disk_without_room_is_one_line_and_the_last_checkpoint_survives(folder, size):
     with pytest.raises(CheckpointError, match="^checkpoint 4: cannot be written, file too large: make room") as caught:
-        with Checkpoints(folder, max_to_keep=1) as checkpoints:
-            with files_below(size):
-                save(checkpoints, 4, make_state())
-                checkpoints.wait()
+        with files_below(size), Checkpoints(folder, max_to_keep=1) as checkpoints:  # until all its threads have ended
+            save(checkpoints, 4, make_state())
+            checkpoints.wait()
     assert len(str(caught.value)) < 120
     assert int(read_newest(folder).state.step) == 3
 
