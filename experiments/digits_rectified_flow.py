@@ -2,11 +2,11 @@
 
 Paper: Liu et al. 2022 (arXiv:2209.03003). All flows keep the teacher's preconditioning, so the first one starts where
 the teacher left off; a reflow learns the pairs that the run in `teacher` makes, which are made when training begins.
-Command: jaxdiff train experiments/digits_rectified_flow.py --workdir runs/ladder/flow-0-first --set first=True
-then:    jaxdiff train experiments/digits_rectified_flow.py --workdir runs/ladder/flow-0
-             --set teacher=runs/ladder/flow-0-first
-then:    jaxdiff train experiments/digits_rectified_flow.py --workdir runs/ladder/flow-0-distil
-             --set teacher=runs/ladder/flow-0 --set distil=True
+Command: jaxdiff train experiments/digits_rectified_flow.py --workdir runs/ladder/flow-0 --set first=True
+then:    jaxdiff train experiments/digits_rectified_flow.py --workdir runs/ladder/reflow-0
+             --set teacher=runs/ladder/flow-0
+then:    jaxdiff train experiments/digits_rectified_flow.py --workdir runs/ladder/reflow-distilled-0
+             --set teacher=runs/ladder/reflow-0 --set distil=True
 Expected: at one step two flows 12 times better than one, and 1.60 times the teacher's distance at 50 (docs/ladder.md).
 """
 

@@ -3,7 +3,8 @@
 Logits of data and samples by noise level: a discriminator that is sure of itself at one level gives the generator
 nothing to learn there, and one that is at chance there sees nothing. Diversity of the samples made from noise: near 0
 is a collapse, whatever the losses say. The train step adds gradient norms of the players, and logs their drift from the
-averages. `training.alarms.Alarm` stops a run by any metric of a step. A discriminator's loss near chance is usual.
+averages. `training.alarms.Alarm` stops a run by any metric of a step. A discriminator's loss near chance is usual. No
+paper defines these; they are ours.
 """
 
 from collections.abc import Mapping

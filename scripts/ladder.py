@@ -83,9 +83,9 @@ ROWS = (
     Row("flow", "1-rectified flow", "digits_rectified_flow.py", {"first": True, "num_steps": 1200}),
     Row("flow-distilled", "1-rectified flow, distilled", "digits_rectified_flow.py", {"distil": True, **PAIRS},
         calls=(1,), before="flow"),
-    Row("flow-2", "2-rectified flow", "digits_rectified_flow.py", PAIRS, before="flow"),
-    Row("flow-2-distilled", "2-rectified flow, distilled", "digits_rectified_flow.py", {"distil": True, **PAIRS},
-        calls=(1,), before="flow-2"),
+    Row("reflow", "2-rectified flow", "digits_rectified_flow.py", PAIRS, before="flow"),
+    Row("reflow-distilled", "2-rectified flow, distilled", "digits_rectified_flow.py", {"distil": True, **PAIRS},
+        calls=(1,), before="reflow"),
 )  # fmt: skip
 
 
@@ -97,10 +97,10 @@ ABLATIONS = (
     Row("siddm-marginal", "SIDDM without auxiliary forward diffusion", "digits_siddm.py", {"forward_weight": 0.0},
         (4, 2, 1)),
     Row("siddm-no-regressor", "SIDDM without its regressor", "digits_siddm.py", {"regressor": False}, (4, 2, 1)),
-    Row("flow-3", "3-rectified flow", "digits_rectified_flow.py", PAIRS, before="flow-2"),
+    Row("reflow-twice", "3-rectified flow", "digits_rectified_flow.py", PAIRS, before="reflow"),
 )  # fmt: skip
 ALL = (*ROWS, *ABLATIONS)
-WHOLE = ("ufogen", "siddm", "flow", "flow-2")  # what stands beside them
+WHOLE = ("ufogen", "siddm", "flow", "reflow")  # what stands beside them
 
 
 def main() -> int:

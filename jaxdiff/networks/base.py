@@ -134,7 +134,7 @@ def grown(params: Params, teacher_params: Params) -> Params:
     return student
 
 
-def misfit(message: str) -> str:
+def _misfit(message: str) -> str:
     """What Flax says about parameters that a module cannot take, in words of ours."""
     remedy = "build the network as the one that the parameters are of"
     if found := re.match(r'For parameter "(.+?)" in "/(.*?)",.* shape (\(.*?\)),.* shape (\(.*?\))\.', message):
@@ -166,7 +166,7 @@ def as_network(module: nn.Module, *, forward_mode: bool = False) -> Network:
             try:
                 out: Any = module.apply({"params": params}, x_t, t, cond, train=train, rngs=rngs)
             except (flax.errors.ScopeParamShapeError, flax.errors.ScopeParamNotFoundError) as error:
-                raise ValueError(misfit(str(error))) from error
+                raise ValueError(_misfit(str(error))) from error
         return out
 
     return network

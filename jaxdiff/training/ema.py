@@ -107,7 +107,12 @@ def half_life(
 
 
 def initial(name: str, *, players: tuple[str, ...] | None = None) -> EMA:
-    """No average: the parameters that the run began with, from which its drift is measured."""
+    """No average: the parameters that the run began with, from which its drift is measured.
+
+    Args:
+      name: name of the average. The last average of an experiment is the one that is sampled with, so put this first.
+      players: whose parameters; None for all.
+    """
     return EMA(name, lambda step, batch_size: jnp.float32(0), "initial parameters", players)
 
 
@@ -179,6 +184,13 @@ def drift(averages: dict[str, dict[str, Params]], params: dict[str, Params]) -> 
 
     A normal run's falls with the learning rate; one that grows is a player that another one pushes about. From an
     average that `initial` made it is the way from the start.
+
+    Args:
+      averages: {name: {player: tree}}.
+      params: {player: tree}.
+
+    Returns:
+      Scalars, float32 or wider, norms over all parameters of a player.
     """
     far = {}
     for name, players in averages.items():

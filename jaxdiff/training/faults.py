@@ -75,8 +75,7 @@ class Inspector:
         sent, self._sent = self._sent, []
         for step, metrics, batch in sent:
             losses = {name: value for name, value in metrics.items() if name.endswith("/loss")}
-            watched = {alarm.metric: metrics[alarm.metric] for alarm in self._known(metrics)}
-            finite, losses, watched = jax.device_get((metrics["finite"], losses, watched))
+            finite, losses, watched = jax.device_get((metrics["finite"], losses, self._watched(metrics)))
             if finite:
                 self._skipped = 0
                 self._spikes.look(step, losses)
@@ -89,13 +88,13 @@ class Inspector:
         """Whether a metric is out of its range at the last step that was looked at."""
         return any(self._outside.values())
 
-    def _known(self, metrics: Metrics) -> Sequence[Alarm]:
-        for alarm in self._outside:
-            if alarm.metric not in metrics:
-                raise ValueError(
-                    f"an alarm watches {alarm.metric!r}, which this method does not log; it logs {sorted(metrics)}"
-                )
-        return list(self._outside)
+    def _watched(self, metrics: Metrics) -> Metrics:
+        names = [alarm.metric for alarm in self._outside]
+        if missing := [name for name in names if name not in metrics]:
+            raise ValueError(
+                f"an alarm watches {missing[0]!r}, which this method does not log; it logs {sorted(metrics)}"
+            )
+        return {name: metrics[name] for name in names}
 
     def _judge(self, step: int, metrics: Metrics, watched: Mapping[str, Any]) -> None:
         for alarm, row in self._outside.items():

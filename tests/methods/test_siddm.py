@@ -222,7 +222,9 @@ def test_the_library_s_unet_discriminator_fits():
 
     (loss, metrics), (_, seen) = shapes(True)
     each = {"logit_real", "logit_fake", "denoised", "regressed", "logit_generated", "forward"}
-    assert loss.shape == () and {name for name, m in (metrics | seen).items() if m.shape == (2,)} == each
+    shapes_of = {name: m.shape for name, m in (metrics | seen).items()}
+    assert loss.shape == () and {name for name, shape in shapes_of.items() if shape == (2,)} == each
+    assert {shape for name, shape in shapes_of.items() if name not in each} == {()}
     shapes(False, regressor=False)
     with pytest.raises(
         ValueError, match=r"regression must be \(2, 8, 8, 1\), it has none; add the head or set regress"
@@ -238,8 +240,9 @@ def test_a_discriminator_of_logits_alone():
     )
     params, aux = method.init(KEY, {})
     loss, metrics = method.objectives[0].loss(params, aux, batch_of(4), KEY, STEP)
-    assert loss.shape == () and {"logit_real", "logit_fake"} <= set(metrics)
-    assert not {"denoised", "regressed"} & set(metrics)
+    names = {"logit_real", "logit_fake"}
+    by_level = {f"{name}_{low}" for name in names for low in ("0.0", "0.2", "0.4", "0.6", "0.8")}
+    assert loss.shape == () and set(metrics) == names | by_level
     alone = make(discriminator=siddm.logits_only(lambda params, x_s, t, cond, **training: x_s), regressor=False)
     with pytest.raises(ValueError, match=r"image must be \(4, 1\), it has none; add the head or set denoise_weight=0"):
         alone.objectives[0].loss(params, aux, batch_of(4), KEY, STEP)
