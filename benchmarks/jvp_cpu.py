@@ -13,14 +13,13 @@ around it is not measured.
 import argparse
 import datetime
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
 from benchmarks.processes import say
-from benchmarks.worker import Stopwatch, pin
+from benchmarks.worker import Stopwatch, one_core
 
 PASSES = ("plain", "plain, derivable", "with derivative")
 # Name: calls in one turn, so that a turn takes about as long for each.
@@ -152,23 +151,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures one network after the other and writes the page, again after each of them."""
     args = arguments(argv)
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    os.environ["BENCH_CORES"] = str(cores[-1])
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-    }
-    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-    pin()
-    import jax
-
+    one_core()
     date = datetime.date.today().isoformat()
     raw: dict[str, Any] = {}
     for name in args.only:
         raw[name] = measure(name, args.rounds)
-        about = {"date": date, **report.machine(), "load at the end": f"{os.getloadavg()[0]:.1f}"}
-        about |= {"cores used": "1", "jax": jax.__version__}
+        about = {"date": date, **report.one_core()}
         about["command"] = f"`python -m benchmarks.jvp_cpu --rounds {args.rounds}`"
         title = f"The derivative of sCM on one core, {date}"
         say(f"written: {report.write(args.out, f'{date}_jvp_cpu', title, about, tables(raw), raw)}")

@@ -9,14 +9,13 @@ steps of the teacher. Writes results/DATE_one_step.md and .json.
 
 import argparse
 import datetime
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
 from benchmarks.processes import say
-from benchmarks.worker import Stopwatch, pin
+from benchmarks.worker import Stopwatch, one_core
 
 CALLS = {"network": 20, "one step": 20, "50 steps": 1}
 
@@ -116,21 +115,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and writes the page."""
     args = arguments(argv)
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    os.environ["BENCH_CORES"] = str(cores[-1])
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-    }
-    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-    pin()
-    import jax
-
+    one_core()
     date = datetime.date.today().isoformat()
     found = measure(args.rounds, args.images)
-    about = {"date": date, **report.machine(), "load at the end": f"{os.getloadavg()[0]:.1f}"}
-    about |= {"cores used": "1", "jax": jax.__version__}
+    about = {"date": date, **report.one_core()}
     about["command"] = f"`python -m benchmarks.one_step --rounds {args.rounds} --images {args.images}`"
     page = report.write(
         args.out, f"{date}_one_step", f"One step on one core, {date}", about, tables(found, args.images), found

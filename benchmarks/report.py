@@ -86,6 +86,14 @@ def machine() -> dict[str, str]:
     return {name: value for name, value in about.items() if value}
 
 
+def one_core() -> dict[str, str]:
+    """The machine after `worker.one_core` and the measuring, and jax's version."""
+    import jax
+
+    load = f"{os.getloadavg()[0]:.1f}"
+    return machine() | {"load at the end": load, "cores used": "1", "jax": jax.__version__}
+
+
 def markdown(title: str, about: Mapping[str, str], tables: Sequence[Table]) -> str:
     """The page: a title, a line for each fact, the tables."""
     parts = [f"# {title}", "\n".join(f"- {name}: {value}" for name, value in about.items())]

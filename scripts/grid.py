@@ -2,25 +2,23 @@
 
 `python scripts/grid.py` trains an EDM teacher and every row of ROWS for every seed through the library's own train
 step, counts the modes that samples reach, and writes docs/grid.md and its picture. UFOGen starts from the teacher; its
-row with the posterior is the failure that it mends. The rows are being tuned: UFOGen stood at 23 modes, and no page is
-claimed yet. What is done is kept in --runs, as in plane.py.
+row with the posterior is the failure that it mends. All networks see waves of the points beside the points: a plain MLP
+is slow to tell neighbouring modes apart. What is done is kept in --runs, as in plane.py.
 """
 
-import argparse
-import itertools
+import dataclasses
 import json
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import plane
-from flax import traverse_util
 
 from jaxdiff import losses, parameterization, schedules
 from jaxdiff.data import toy
@@ -30,17 +28,19 @@ from jaxdiff.methods.edm import edm
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.mlp import MLP
 from jaxdiff.training import ema
-from jaxdiff.types import Params
+from jaxdiff.types import Network, Params
 
 ROOT = Path(__file__).resolve().parents[1]
 STD, NUM, WIDTH, LATENT = 0.05, 10_000, 64, 4
 MIXTURE = toy.gaussian_grid(5, std=STD)
 SIGMA_DATA, SIGMA_MAX = 0.7089, 10.0
+WAVES = (1, 2, 4, 8)  # quarters of a turn over a unit of the input
 NET = MLP(2, features=WIDTH, num_blocks=3, time_features=plane.EMBEDDING)
 DISC = MLP(1, features=WIDTH, num_blocks=3, time_features=plane.EMBEDDING)
 
 
-class Row(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
     """A method: settings of `build_NAME`, steps of training, Adam's rates for model and discriminator, steps judged."""
 
     name: str
@@ -54,15 +54,27 @@ class Row(NamedTuple):
     batch: int = 256
 
 
-def inputs(width: int = 2) -> tuple[Any, ...]:
-    """Example inputs of a network of points."""
-    return jnp.zeros((1, width)), jnp.zeros(1), {}
+def waves(points: jax.Array) -> jax.Array:
+    """Points [B, D] and their sines and cosines [B, D (1 + 2 len(WAVES))]."""
+    turned = (points[:, :, None] * (0.5 * np.pi * np.asarray(WAVES, np.float32))).reshape(len(points), -1)
+    return jnp.concatenate([points, jnp.sin(turned), jnp.cos(turned)], axis=1)
+
+
+def seeing_waves(net: MLP) -> Network:
+    """A network of points that is given their waves, too."""
+    plain = as_network(net)
+    return lambda params, x_t, t, cond, **training: plain(params, waves(x_t), t, cond, **training)
+
+
+def inputs(points: int = 1, latent: int = 0) -> tuple[Any, ...]:
+    """Example inputs of a network that sees so many points an example."""
+    return jnp.zeros((1, waves(jnp.zeros((1, 2 * points))).shape[1] + latent)), jnp.zeros(1), {}
 
 
 def build_teacher(start: Params, **settings: Any) -> Method:
     """EDM from random weights."""
     return edm(
-        as_network(NET), init_params=lambda key, batch: init_params(NET, key, *inputs()), sigma_data=SIGMA_DATA,
+        seeing_waves(NET), init_params=lambda key, batch: init_params(NET, key, *inputs()), sigma_data=SIGMA_DATA,
         sigma_max=SIGMA_MAX, **settings,
     )  # fmt: skip
 
@@ -74,7 +86,7 @@ def build_ufogen(start: Params, *, pairs: list[tuple[float, float]], relativisti
         return jax.tree.map(jnp.array, start) | {"out": init_params(DISC, key, *inputs())["out"]}
 
     return ufogen.ufogen(
-        as_network(NET), as_network(DISC), schedules.ve(0.002, SIGMA_MAX),
+        seeing_waves(NET), seeing_waves(DISC), schedules.ve(0.002, SIGMA_MAX),
         parameterization=parameterization.edm(SIGMA_DATA),
         init_params=lambda key, batch: jax.tree.map(jnp.array, start),
         init_discriminator=init_discriminator, jumps=ufogen.pair_jumps(pairs),
@@ -88,7 +100,7 @@ def generator() -> tuple[MLP, Any]:
     plain = as_network(net)
 
     def call(params, x, t, cond, **training):
-        return plain(params, jnp.concatenate([x, cond["z"]], 1), t, {}, **training)
+        return plain(params, jnp.concatenate([waves(x), cond["z"]], 1), t, {}, **training)
 
     return net, call
 
@@ -97,14 +109,14 @@ def build_ddgan(start: Params, **settings: Any) -> Method:
     """The paper's four steps, from random weights."""
     net, call = generator()
     disc = MLP(1, features=WIDTH, num_blocks=3)
-    plain = as_network(disc)
+    plain = seeing_waves(disc)
 
     def judge(params, x, t, cond, **training):
         return plain(params, jnp.concatenate([x, cond["x_t"]], 1), 250 * t, {}, **training)[:, 0]
 
     return ddgan.ddgan(
-        call, judge, init_params=lambda key, batch: init_params(net, key, *inputs(2 + LATENT)),
-        init_disc_params=lambda key, batch: init_params(disc, key, *inputs(4)), latent_dim=LATENT,
+        call, judge, init_params=lambda key, batch: init_params(net, key, *inputs(1, LATENT)),
+        init_disc_params=lambda key, batch: init_params(disc, key, *inputs(2)), latent_dim=LATENT,
         parameterization=parameterization.x0(parameterization.scaled_time(250.0)), **settings,
     )  # fmt: skip
 
@@ -113,26 +125,26 @@ def build_siddm(start: Params, **settings: Any) -> Method:
     """Four steps with a regressor, from random weights; one network is discriminator, denoiser and regressor."""
     net, call = generator()
     disc = MLP(5, features=WIDTH, num_blocks=3)
-    plain = as_network(disc)
+    plain = seeing_waves(disc)
 
     def judge(params, x, t, cond, **training):
         out = plain(params, x, 1000 * t, {}, **training)
         return siddm.Verdict(out[:, 0], None, out[:, 1:3], x + out[:, 3:])
 
     return siddm.siddm(
-        call, judge, init_params=lambda key, batch: init_params(net, key, *inputs(2 + LATENT)),
+        call, judge, init_params=lambda key, batch: init_params(net, key, *inputs(1, LATENT)),
         init_disc_params=lambda key, batch: init_params(disc, key, *inputs()), latent_dim=LATENT, **settings,
     )  # fmt: skip
 
 
 BUILD = {"teacher": build_teacher, "ufogen": build_ufogen, "ddgan": build_ddgan, "siddm": build_siddm}
 PAIRS = [(SIGMA_MAX, s) for s in (0.05, 0.15, 0.4, 1.0)] + [(1.0, 0.4), (0.4, 0.15), (0.15, 0.05)]
-UFOGEN = {"pairs": PAIRS, "relativistic": True, "reconstruction_weight": 0.1, "r1_weight": 0.02, "r1_sigma": 0.02}
+UFOGEN = {"pairs": PAIRS, "relativistic": True, "reconstruction_weight": 0.1, "r1_weight": 0.01, "r1_sigma": 0.02}
 TEACHER = Row("teacher", "EDM, Heun", "teacher", {"log_mean": -2.0, "log_std": 1.4}, 6000, (2e-3,), (0.9, 0.999),
     (18, 1))  # fmt: skip
 ROWS = (
-    Row("ufogen", "UFOGen", "ufogen", UFOGEN, 20_000, (2e-4, 4e-4), (0.0, 0.99), (1, 2, 4)),
-    Row("posterior", "UFOGen with posterior sampling", "ufogen", UFOGEN | {"posterior": True}, 20_000, (2e-4, 4e-4),
+    Row("ufogen", "UFOGen", "ufogen", UFOGEN, 16_000, (5e-4, 2e-3), (0.0, 0.99), (1, 2, 4)),
+    Row("posterior", "UFOGen with posterior sampling", "ufogen", UFOGEN | {"posterior": True}, 16_000, (5e-4, 2e-3),
         (0.0, 0.99), (1,)),
     Row("ddgan", "DDGAN", "ddgan", {"r1_gamma": 0.02, "r1_every": 1, "r1_sigma": 0.01}, 15_000, (2e-4, 4e-4),
         (0.5, 0.9), (4, 2, 1)),
@@ -172,23 +184,13 @@ def judged(points: np.ndarray) -> dict[str, float]:
 
 def settings_of(row: Row) -> Any:
     """All that a result depends on, in the form in which JSON gives it back."""
-    above = [STD, NUM, WIDTH, LATENT, SIGMA_DATA, SIGMA_MAX] if row is TEACHER else settings_of(TEACHER)
-    return json.loads(json.dumps([row, above]))
-
-
-def kept(row: Row, seed: int, folder: Path) -> dict[str, Any] | None:
-    """The result on record, if it was made with these settings."""
-    record = folder / f"{row.name}-{seed}.json"
-    found = json.loads(record.read_text()) if record.is_file() else {}
-    return found if found.get("settings") == settings_of(row) else None
+    above = [STD, NUM, WIDTH, WAVES, LATENT, SIGMA_DATA, SIGMA_MAX] if row is TEACHER else settings_of(TEACHER)
+    return json.loads(json.dumps([dataclasses.astuple(row), above]))
 
 
 def run(row: Row, seed: int, folder: Path) -> None:
     """Trains and judges a row, and keeps {"settings", "cpu_s", number of steps: scores}."""
-    start: Params = {}
-    if row is not TEACHER:
-        with np.load(folder / f"teacher-{seed}.npz") as flat:
-            start = traverse_util.unflatten_dict({path: jnp.asarray(flat[path]) for path in flat}, sep="/")
+    start: Params = {} if row is TEACHER else plane.load_params(folder / f"teacher-{seed}.npz")
     began = time.process_time()
     method, params, aux = train(row, start, seed)
     found: dict[str, Any] = {"settings": settings_of(row), "cpu_s": time.process_time() - began}
@@ -200,56 +202,38 @@ def run(row: Row, seed: int, folder: Path) -> None:
         np.save(folder / f"{row.name}-{seed}.{n}.npy", points[: plane.SHOWN])
         print(f"{row.name} {seed}, {n} steps: {found[str(n)]}, {found['cpu_s']:.0f} CPU s", flush=True)
     if row is TEACHER:
-        flat: Any = traverse_util.flatten_dict(params, sep="/")
-        np.savez(folder / f"teacher-{seed}.npz", **flat)
+        plane.save_params(folder / f"teacher-{seed}.npz", params)
     (folder / f"{row.name}-{seed}.json").write_text(json.dumps(found))
 
 
 def main() -> int:
     """Trains, judges, writes."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "grid", help="folder of what is done")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--only", default="", help="names of rows, comma-separated")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "grid.md")
-    parser.add_argument("--no-train", action="store_true", help="write the page of what is there")
-    args = parser.parse_args()
-    names = [name for name in args.only.split(",") if name]
-    if unknown := sorted(set(names) - {row.name for row in ROWS}):
-        print(f"error: unknown row {unknown[0]!r}; rows are {', '.join(row.name for row in ROWS)}", file=sys.stderr)
-        return 2
-    args.runs.mkdir(parents=True, exist_ok=True)
-    rows = [TEACHER, *(row for row in ROWS if not names or row.name in names)]
-    seeds = [int(seed) for seed in args.seeds.split(",")]
-    for seed, row in itertools.product(seeds, rows):
-        if not args.no_train and kept(row, seed, args.runs) is None:
-            run(row, seed, args.runs)
-    found = [(row, [f for seed in seeds if (f := kept(row, seed, args.runs)) is not None]) for row in rows]
-    found = [(row, of) for row, of in found if of]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page(found))
-    picture([row for row, _ in found], seeds[0], args.runs, args.out.parent / "images")
+    args = plane.arguments("grid", str(__doc__), ROWS)
+    found = plane.results([TEACHER, *args.rows], args, settings_of, run)
+    args.out.write_text(page(found, args.note))
+    picture(list(found), args.seeds[0], args.runs, args.images)
     return 0
 
 
-def page(found: list[tuple[Row, list[dict[str, Any]]]]) -> str:
+def page(found: dict[Row, dict[int, dict[str, Any]]], note: str) -> str:
     """The text of docs/grid.md."""
-    lines = []
-    for row, of in found:
+    lines: list[str] = []
+    for row, of in found.items():
         for n in row.calls:
-            modes, near, uneven = ([f[str(n)][name] for f in of] for name in ("modes", "near", "uneven"))
+            modes, near, uneven = ([f[str(n)][name] for f in of.values()] for name in ("modes", "near", "uneven"))
             cells = [row.name, row.label, n, len(of), _spread(modes, "d"), _spread(near, ".3f"), _spread(uneven, ".3f")]
-            cells.append(f"{statistics.median(f['cpu_s'] for f in of):.0f}")
+            cells.append(f"{statistics.median(f['cpu_s'] for f in of.values()):.0f}")
             lines.append(f"| {' | '.join(map(str, cells))} |")
     true = judged(MIXTURE.draw(np.random.default_rng(0), NUM)[0])
     settings = [
         f"- **{row.name}**: steps {row.steps}, batch {row.batch}, Adam's rates {row.rates} and momenta {row.momenta}, "
         f"{row.settings}"
-        for row, _ in found
+        for row in found
     ]
     return PAGE.format(
         std=STD, num=NUM, near=f"{true['near']:.3f}", uneven=f"{true['uneven']:.3f}", table="\n".join(lines),
         settings="\n".join(settings), width=WIDTH, latent=LATENT, jax=jax.__version__,
+        note=f"\n{note}\n" if note else "",
     )  # fmt: skip
 
 
@@ -281,14 +265,14 @@ PAGE = """# The grid
 Of {num} samples. A mode is found if a tenth of its share of them lies within 3 deviations of it. "Uneven" is the
 distance in total variation of the modes' shares from equal ones. As many true points score 25, {near} and {uneven}.
 Medians over the seeds with their range; CPU seconds are of one core and of the method's own training.
-
+{note}
 UFOGen starts from the teacher; ddgan and siddm start from random weights, as in their papers, with a latent of
 {latent}. `posterior` is UFOGen whose samples for the discriminator come from the posterior given x_t, as in diffusion
 GANs: what the adversary compares then hardly depends on the generator at the noisiest level, and one step fails.
 
 ![samples](images/grid.png)
 
-Settings, with MLPs of three blocks of {width} features:
+Settings, with MLPs of three blocks of {width} features that see the points and their waves:
 
 {settings}
 

@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -243,19 +243,9 @@ def settings_of(row: Row) -> Any:
     return json.loads(json.dumps([row.stages, above]))
 
 
-def kept(row: Row, seed: int, folder: Path) -> dict[str, Any] | None:
-    """The result on record, if it was made with these settings."""
-    record = folder / f"{row.name}-{seed}.json"
-    found = json.loads(record.read_text()) if record.is_file() else {}
-    return found if found.get("settings") == settings_of(row) else None
-
-
 def run(row: Row, seed: int, folder: Path) -> None:
     """Trains and judges a row, and keeps {"settings", "cpu_s", "1": distance, and of the teacher "50"}."""
-    params: Params = {}
-    if row is not TEACHER:
-        with np.load(folder / f"teacher-{seed}.npz") as flat:
-            params = traverse_util.unflatten_dict({path: jnp.asarray(flat[path]) for path in flat}, sep="/")
+    params: Params = {} if row is TEACHER else load_params(folder / f"teacher-{seed}.npz")
     began = time.process_time()
     for name, recipe, chosen in row.stages:
         method = BUILD[name](params, recipe.steps, **chosen)
@@ -269,8 +259,7 @@ def run(row: Row, seed: int, folder: Path) -> None:
         found[str(n)] = distance(points)
         np.save(folder / f"{row.name}-{seed}.{n}.npy", points[:SHOWN])
     if row is TEACHER:
-        flat: Any = traverse_util.flatten_dict(params, sep="/")
-        np.savez(folder / f"teacher-{seed}.npz", **flat)
+        save_params(folder / f"teacher-{seed}.npz", params)
     (folder / f"{row.name}-{seed}.json").write_text(json.dumps(found))
     scores = ", ".join(f"{n} steps {found[n]:.4f}" for n in ("50", "1") if n in found)
     print(f"{row.name} {seed}: {scores}, {found['cpu_s']:.0f} CPU s", flush=True)
@@ -278,29 +267,62 @@ def run(row: Row, seed: int, folder: Path) -> None:
 
 def main() -> int:
     """Trains, judges, writes."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "plane", help="folder of what is done")
+    args = arguments("plane", str(__doc__), ROWS)
+    found = results([TEACHER, *args.rows], args, settings_of, run)
+    args.out.write_text(page(found, args.note))
+    picture([row for row, of in found.items() if args.seeds[0] in of], args.seeds[0], args.runs, args.images)
+    return 0
+
+
+def arguments(name: str, doc: str, rows: Sequence[Any]) -> argparse.Namespace:
+    """The command line of a script that trains small rows and writes docs/NAME.md; rows have a name each."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / name, help="folder of what is done")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="names of rows, comma-separated")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plane.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / f"{name}.md")
     parser.add_argument("--note", default="", help="a sentence for the page, such as what the machine did besides")
     parser.add_argument("--no-train", action="store_true", help="write the page of what is there")
     args = parser.parse_args()
     names = [name for name in args.only.split(",") if name]
-    if unknown := sorted(set(names) - {row.name for row in ROWS}):
-        print(f"error: unknown row {unknown[0]!r}; rows are {', '.join(row.name for row in ROWS)}", file=sys.stderr)
-        return 2
+    if unknown := sorted(set(names) - {row.name for row in rows}):
+        parser.error(f"unknown row {unknown[0]!r}; rows are {', '.join(row.name for row in rows)}")
+    args.rows = [row for row in rows if not names or row.name in names]
+    args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    args.images = args.out.parent / "images"
+    args.images.mkdir(parents=True, exist_ok=True)
     args.runs.mkdir(parents=True, exist_ok=True)
-    rows = [TEACHER, *(row for row in ROWS if not names or row.name in names)]
-    seeds = [int(seed) for seed in args.seeds.split(",")]
-    for seed, row in itertools.product(seeds, rows):
-        if not args.no_train and kept(row, seed, args.runs) is None:
+    return args
+
+
+def results(
+    rows: Sequence[Any], args: argparse.Namespace, settings_of: Callable[[Any], Any], run: Callable[..., None]
+) -> dict[Any, dict[int, dict[str, Any]]]:
+    """{row: {seed: what is on record}} of rows that have any; what is missing is trained, unless it shall not be."""
+
+    def kept(row: Any, seed: int) -> dict[str, Any] | None:
+        """What was made with these very settings."""
+        record = args.runs / f"{row.name}-{seed}.json"
+        found = json.loads(record.read_text()) if record.is_file() else {}
+        return found if found.get("settings") == settings_of(row) else None
+
+    for seed, row in itertools.product(args.seeds, rows):
+        if not args.no_train and kept(row, seed) is None:
             run(row, seed, args.runs)
-    found = {row: {seed: kept(row, seed, args.runs) for seed in seeds} for row in rows}
-    found = {row: {seed: f for seed, f in of.items() if f is not None} for row, of in found.items()}
-    args.out.write_text(page({row: of for row, of in found.items() if of}, args.note))
-    picture([row for row, of in found.items() if seeds[0] in of], seeds[0], args.runs, args.out.parent / "images")
-    return 0
+    found = {row: {seed: f for seed in args.seeds if (f := kept(row, seed)) is not None} for row in rows}
+    return {row: of for row, of in found.items() if of}
+
+
+def save_params(path: Path, params: Params) -> None:
+    """Writes a tree of arrays."""
+    flat: Any = traverse_util.flatten_dict(params, sep="/")
+    np.savez(path, **flat)
+
+
+def load_params(path: Path) -> Params:
+    """The tree that `save_params` wrote."""
+    with np.load(path) as flat:
+        return traverse_util.unflatten_dict({name: jnp.asarray(flat[name]) for name in flat}, sep="/")
 
 
 def page(found: dict[Row, dict[int, dict[str, Any]]], note: str) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 from jaxdiff import cli
 from jaxdiff.metrics.evaluate import METRICS
 from jaxdiff.runs import open_run, weights_of
+from jaxdiff.settings import UsageError
 from jaxdiff.solvers.named import SOLVERS
 from jaxdiff.training import loop, sharding
 
@@ -136,17 +137,21 @@ def test_compare_writes_a_table_with_the_floor_first(copy, capsys):
 
 
 def test_training_goes_on_where_it_stopped(places, tmp_path, capsys):
-    def weights(folder):
-        experiment = open_run(folder)
-        return jax.device_get(weights_of(experiment, folder, None, sharding.single_device())[0])
+    def weights(folder, step=None):
+        found = weights_of(open_run(folder), folder, None, sharding.single_device(), step=step)
+        return jax.device_get(found[0])
 
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     assert run("train", places["file"], "--workdir", whole, "--set", "num_steps=6") == 0
     assert run("train", places["file"], "--workdir", halved, "--set", "num_steps=3") == 0
+    third = weights(halved)
     capsys.readouterr()
     assert run("train", places["file"], "--workdir", halved, "--set", "num_steps=6") == 0
     assert "continued from the checkpoint of step 3" in capsys.readouterr().err
     jax.tree.map(np.testing.assert_array_equal, weights(halved), weights(whole))
+    jax.tree.map(np.testing.assert_array_equal, weights(halved, step=3), third)
+    with pytest.raises(UsageError, match="run .*halved: .*5"):
+        weights(halved, step=5)
     assert run("train", places["file"], "--workdir", halved, "--set", "num_steps=6") == 0
     assert "all 6 steps are done" in capsys.readouterr().err
 
