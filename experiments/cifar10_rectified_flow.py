@@ -2,10 +2,12 @@
 
 Paper: Liu et al. 2022 (arXiv:2209.03003): FID 2.58 of the first flow (RK45, 127 calls), 12.21 in one step of the next,
 4.85 after distilling it with LPIPS. Settings are the release's; its distance is LPIPS of AlexNet, ours of VGG16.
-Pairs are a folder of `data.pairs`, a million or more, made by the flow before with RK45 (the method's default sampler).
+Pairs, a million or more, are made by the flow before with RK45 (the method's default sampler).
 Command: jaxdiff train experiments/cifar10_rectified_flow.py --workdir runs/flow1
+then:    jaxdiff pairs runs/flow1 --num 1_000_000 --out data/flow1_pairs
 then:    jaxdiff train experiments/cifar10_rectified_flow.py --workdir runs/flow2
              --set pairs=data/flow1_pairs --set teacher=runs/flow1 --set dropout=0.1 --set ema_decay=0.9999
+then:    jaxdiff pairs runs/flow2 --num 1_000_000 --out data/flow2_pairs
 then:    jaxdiff train experiments/cifar10_rectified_flow.py --workdir runs/flow2_distil
              --set pairs=data/flow2_pairs --set teacher=runs/flow2 --set lpips=weights/lpips --set ema_decay=0.9999
 Reached: not run at scale yet.

@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, compare, freeze, info, profile, checkpoint, edit, import,
+"""The command line: train, sample, pairs, evaluate, compare, freeze, info, profile, checkpoint, edit, import,
 export, inspect.
 
 It reads arguments, calls the library and prints. Whatever a person can put right is one line on standard error and
@@ -53,6 +53,13 @@ def parser() -> Parser:
     options.sampling(sample, num=64)
     sample.add_argument("--out", required=True, metavar="PATH", help="grid (.png), arrays (.npz), or a folder of PNGs")
     sample.add_argument("--overwrite", action="store_true", help="replace the samples that lie there")
+
+    pairs = command("pairs", "noise and what a deterministic sampler makes of it: the data of a reflow", SOLVERS)
+    options.sampling(pairs, num=50_000, eta=False)
+    pairs.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    pairs.add_argument(
+        "--dtype", choices=("float16", "float32"), default="float16", help="of noise and samples (default: float16)"
+    )
 
     evaluate = command("evaluate", "judge samples of a run against held-out data", f"{SOLVERS}\n\n{METRICS}")
     options.sampling(evaluate, num=None)

@@ -6,6 +6,7 @@ Each checks everything that can be wrong before it starts to work, prints what i
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -19,9 +20,10 @@ from tqdm import tqdm
 
 from jaxdiff import frozen, inspection, pictures, profiling, runs
 from jaxdiff import info as costs
+from jaxdiff.data.pairs import check_folder, make_pairs, write_pairs
 from jaxdiff.drawing import Drawing, use_cache, warn
 from jaxdiff.evaluation import BITS, FLOOR_SUBSETS, Evaluation, check_metrics, mean, table
-from jaxdiff.generate import batches, compiled, labels_for
+from jaxdiff.generate import batches, compiled, labels_for, whole_batch
 from jaxdiff.metrics.evaluate import METRICS, Reference, Result
 from jaxdiff.metrics.evaluate import evaluate as evaluate_samples
 from jaxdiff.settings import UsageError, hint, mesh_sizes
@@ -108,6 +110,45 @@ def sample(args: argparse.Namespace) -> int:
         return 0
     count = pictures.save_samples(out, parts, labels)
     print(f"{count} samples of {drawn.what} in {out}")
+    return 0
+
+
+def pairs(args: argparse.Namespace) -> int:
+    """`jaxdiff pairs`: noise, and what a deterministic sampler makes of it, in a folder that a reflow reads."""
+    solver = None if args.solver is None else named_solver(args.solver)
+    out, plan = Path(args.out), (solver, args.steps)
+    try:
+        check_folder(out)
+    except ValueError as error:
+        raise UsageError(f"--out {error}") from error
+    drawn = Drawing(args)
+    classes, shape = drawn.experiment.num_classes, drawn.experiment.sample_shape
+    drawn.load([plan])
+
+    def labels(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
+        if classes is None:
+            return {}
+        random = rng.integers(0, classes, n).astype(np.int32)
+        return {"label": random if args.label is None else np.full(n, args.label, np.int32)}
+
+    def generate(noise: np.ndarray, cond: dict[str, np.ndarray], seed: int = 0) -> np.ndarray:
+        return drawn.from_noise(*plan, noise, cond, seed)
+
+    size = whole_batch(args.num, drawn.batch_size, drawn.mesh)
+    made = {"shape": shape, "num": args.num, "batch_size": size, "seed": args.seed, "cond": labels}
+    first = next(make_pairs(generate, **made))
+    if (first["x0"] != next(make_pairs(functools.partial(generate, seed=1), **made))["x0"]).any():
+        raise UsageError(
+            f"{drawn.experiment.name} makes different samples of the same noise with this solver, which no flow can "
+            "learn; choose a deterministic one, such as --solver heun or ddim"
+        )
+    total = -(-args.num // size)
+    chunks = iter(tqdm(make_pairs(generate, **made), total=total, desc="pairs", unit="batch", disable=None))
+    if not _leads():
+        collections.deque(chunks, maxlen=0)  # all processes draw, one writes
+        return 0
+    count = write_pairs(out, chunks, args.dtype)
+    print(f"{count} pairs of {drawn.what} in {out}")
     return 0
 
 

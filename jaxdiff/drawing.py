@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxdiff import runs
-from jaxdiff.generate import Dials, Generate, batches, compiled, labels_for, whole_batch
+from jaxdiff.generate import Dials, Generate, batches, compiled, labels_for, place, to_host, whole_batch
 from jaxdiff.settings import UsageError, first_line
 from jaxdiff.solvers.named import NamedSolver
 from jaxdiff.training import loop, sharding
@@ -72,15 +72,26 @@ class Drawing:
         """Samples batch by batch, and the labels of all of them."""
         args, experiment = self.args, self.experiment
         labels = labels_for(num, experiment.num_classes, args.label)
-        if (solver, steps) not in self._samplers:
-            self._samplers[solver, steps] = self._compiled(solver, steps)
         drawn = batches(
-            self._samplers[solver, steps], self.params, self.aux, shape=experiment.sample_shape, labels=labels, num=num,
+            self._sampler(solver, steps), self.params, self.aux, shape=experiment.sample_shape, labels=labels, num=num,
             batch_size=self.batch_size, seed=args.seed, dials=self.dials, mesh=self.mesh,
         )  # fmt: skip
         total = -(-num // whole_batch(num, self.batch_size, self.mesh))
         silent = quiet or not sys.stderr.isatty()
         return iter(tqdm(drawn, total=total, desc="sampling", unit="batch", disable=silent)), labels
+
+    def from_noise(
+        self, solver: NamedSolver | None, steps: int | None, noise: np.ndarray, cond: dict[str, np.ndarray], seed: int
+    ) -> np.ndarray:
+        """What becomes of noise [B, ...]; seed is of what the sampler draws on the way, if anything."""
+        given = {name: place(rows, self.mesh) for name, rows in {"noise": noise, **cond}.items()}
+        key, start = jax.random.key(seed), given.pop("noise")
+        return to_host(self._sampler(solver, steps)(self.params, self.aux, key, start, given, self.dials))
+
+    def _sampler(self, solver: NamedSolver | None, steps: int | None) -> Generate:
+        if (solver, steps) not in self._samplers:
+            self._samplers[solver, steps] = self._compiled(solver, steps)
+        return self._samplers[solver, steps]
 
     def _compiled(self, solver: NamedSolver | None, steps: int | None) -> Generate:
         experiment = self.experiment

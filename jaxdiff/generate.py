@@ -127,22 +127,23 @@ def batches(
     for start in range(0, num, size):
         noise = start_noise(noise_key, jnp.int32(start), size, shape, mesh)
         rows = np.minimum(np.arange(start, start + size), num - 1)
-        cond = {} if labels is None else {"label": _place(labels[rows], mesh)}
+        cond = {} if labels is None else {"label": place(labels[rows], mesh)}
         out = generate(params, aux, jax.random.fold_in(solver_key, start), noise, cond, dials)
-        out = _to_host(out)[: num - start]
+        out = to_host(out)[: num - start]
         if not np.isfinite(out).all():
             raise FloatingPointError("samples are not finite; use more steps, another solver or less guidance")
         yield out
 
 
-def _place(rows: np.ndarray, mesh: Mesh | None) -> Array:
-    """Rows that every process holds in full, split over the mesh."""
+def place(rows: np.ndarray, mesh: Mesh | None) -> Array:
+    """Rows that every process holds in full, split over the mesh; without one, on the default device."""
     if mesh is None:
         return jnp.asarray(rows)
     return jax.make_array_from_callback(rows.shape, sharding.batch_sharding(mesh), lambda index: rows[index])
 
 
-def _to_host(out: Array) -> np.ndarray:
+def to_host(out: Array) -> np.ndarray:
+    """All rows, in every process."""
     if isinstance(out, jax.Array) and not out.is_fully_addressable:
         from jax.experimental import multihost_utils
 

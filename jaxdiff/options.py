@@ -24,15 +24,14 @@ def devices(command: Parser) -> None:
     )  # fmt: skip
 
 
-def sampling(command: Parser, num: int | None, grid: bool = True) -> None:
+def sampling(command: Parser, num: int | None, grid: bool = True, eta: bool = True) -> None:
     """A run and what to draw from it; num is the usual number of samples, None for the experiment's."""
-    what = "folder of a run" if num is None else "folder of a run, or a frozen sampler (.jaxdiff)"
-    command.add_argument("run_folder", metavar="RUN", help=what)
+    command.add_argument("run_folder", metavar="RUN", help="folder of a run")
     usual = "the experiment's" if num is None else num
     command.add_argument("--num", type=whole(1), default=num, metavar="N", help=f"number of samples (default: {usual})")
-    sampler(command, grid)
+    sampler(command, grid, eta)
     command.add_argument("--guidance", type=number(), metavar="W", help="classifier-free guidance scale; 1 is none")
-    command.add_argument("--class", type=whole(0), dest="label", metavar="C", help="one class (default: all in turn)")
+    command.add_argument("--class", type=whole(0), dest="label", metavar="C", help="one class (default: all)")
     command.add_argument(
         "--seed", type=whole(0, 2**32 - 1), default=0, metavar="K", help="of all that is drawn (default: 0)"
     )

@@ -110,8 +110,7 @@ def write_pairs(folder: str | Path, chunks: Iterable[Chunk], dtype: str = "float
     if dtype not in DTYPES:
         raise ValueError(f"pairs are stored as {' or '.join(DTYPES)}, got {dtype!r}; eight bits bend the lines")
     folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"{folder} is in use; write pairs to an empty folder")
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     total = 0
     for i, chunk in enumerate(chunks):
@@ -127,6 +126,12 @@ def write_pairs(folder: str | Path, chunks: Iterable[Chunk], dtype: str = "float
     return total
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ValueError if pairs cannot be written there: a file, or a folder that holds something."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{folder} is in use; write pairs to an empty folder")
+
+
 def stored_pairs(folder: str | Path) -> PairSource:
     """The pairs of a folder, mapped into memory.
 
@@ -136,7 +141,9 @@ def stored_pairs(folder: str | Path) -> PairSource:
     folder = Path(folder)
     shards = sorted(path.stem.removeprefix("x0-") for path in folder.glob("x0-*.npy"))
     if not shards:
-        raise ValueError(f"{folder} holds no pairs (x0-00000.npy, noise-00000.npy, ...); make them with write_pairs")
+        raise ValueError(
+            f"{folder} holds no pairs (x0-00000.npy, noise-00000.npy, ...); make them with `jaxdiff pairs`"
+        )
     names = sorted(path.stem.removesuffix(f"-{shards[0]}") for path in folder.glob(f"*-{shards[0]}.npy"))
     return PairSource([{name: _mapped(folder / f"{name}-{shard}.npy") for name in names} for shard in shards])
 

@@ -5,14 +5,18 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from jaxdiff import cli
+from jaxdiff.data.pairs import stored_pairs
+from jaxdiff.methods.base import Sampling
 from jaxdiff.metrics.evaluate import METRICS
 from jaxdiff.runs import open_run, weights_of
 from jaxdiff.settings import UsageError
+from jaxdiff.solvers.ddim import ddim
 from jaxdiff.solvers.named import SOLVERS
 from jaxdiff.training import loop, sharding
 
@@ -118,6 +122,36 @@ def test_evaluate_adds_rows_that_say_what_was_measured(copy, capsys):
     assert 0 <= third["value"] <= 1 and f"frechet {first['value']:.4g}" in said
 
 
+def test_pairs_are_noise_and_what_the_sampler_makes_of_it(places, tmp_path, capsys):
+    made = ["pairs", places["run"], "--solver", "ddim", "--steps", "2", "--num", "10", "--dtype", "float32"]
+    assert run(*made, "--out", tmp_path / "a", "--batch-size", "4") == 0
+    assert "10 pairs of digits_mlp, step 4, parameters slower" in capsys.readouterr().out
+    source = stored_pairs(tmp_path / "a")
+    rows = [source[i] for i in range(len(source))]
+    x0, noise, label = (np.stack([row[name] for row in rows]) for name in ("x0", "noise", "label"))
+    assert noise.shape == (10, 8, 8, 1) and abs(noise.mean()) < 0.2 and abs(noise.std() - 1) < 0.2
+    assert len(set(label.tolist())) > 2 and len(np.unique(noise[:, 0, 0])) == 10
+    experiment = open_run(places["run"])
+    params, aux, _, _ = weights_of(experiment, places["run"], None, sharding.single_device())
+    sampler = Sampling(2, lambda schedule: ddim(schedule, 0.0))
+    cond = {"label": jnp.asarray(label)}
+    again = experiment.method.generate(params, aux, jax.random.key(5), jnp.asarray(noise), cond, sampler)
+    np.testing.assert_allclose(x0, again, atol=1e-5)
+    assert run(*made, "--out", tmp_path / "b", "--batch-size", "4", "--class", "3") == 0
+    other = stored_pairs(tmp_path / "b")
+    assert {int(other[i]["label"]) for i in range(10)} == {3} and (other[9]["noise"] == noise[9]).all()
+
+
+def test_pairs_are_refused_of_a_stochastic_sampler_and_to_a_folder_in_use(places, tmp_path, capsys):
+    made = ["pairs", places["run"], "--steps", "4", "--num", "4", "--out"]
+    assert run(*made, tmp_path / "a", "--solver", "ancestral") == 2
+    assert "different samples of the same noise" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_text("")
+    assert run(*made, tmp_path / "b", "--solver", "ddim") == 2
+    assert "--out" in (said := capsys.readouterr().err) and "is in use; write pairs to an empty folder" in said
+
+
 def test_compare_writes_a_table_with_the_floor_first(copy, capsys):
     assert run("compare", copy, "--calls", "4,1") == 0
     text = (copy / "compare.md").read_text()
@@ -175,7 +209,7 @@ def test_info_prints_the_costs(places, capsys):
     assert "M parameters (" in said and "FLOP an example" in said and "activations " in said
 
 
-@pytest.mark.parametrize("command", ["", "train", "sample", "evaluate", "compare", "info"])
+@pytest.mark.parametrize("command", ["", "train", "sample", "pairs", "evaluate", "compare", "info"])
 def test_help_fits_a_terminal_and_names_every_choice(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*filter(None, [command]), "--help"])
