@@ -27,7 +27,7 @@ from jaxdiff.training import alarms, ema
 from jaxdiff.training.experiment import Experiment
 from jaxdiff.types import expand
 
-SIGMA_DATA, SIGMA_MIN = 0.752, 0.002
+SIGMA_DATA, CLEAN = 0.752, 0.1
 
 
 def build(
@@ -36,7 +36,7 @@ def build(
     scratch: bool = False,
     levels: tuple[float, ...] = (0.4, 1.0, 2.4, 20.0),
     latent_dim: int = 16,
-    r1_gamma: float = 0.02,
+    r1_gamma: float = 1e-4,
     r1_sigma: float = 0.05,
     num_steps: int = 1000,
     batch_size: int = 64,
@@ -103,9 +103,9 @@ def build(
         return plain(params, x_t, t, {"label": cond["label"]} | latent, **training)
 
     def discriminator(params, x_s, t, cond, **training):
-        """Sees x_s as the teacher would at its own level, of which clean data have the lowest, and x_t beside it."""
+        """Sees x_s as the teacher would at its own level, clean data as at the level CLEAN, and x_t beside it."""
         level, clean = chain.level(jnp.maximum(t - 1, 0)), t < 1
-        ratio = jnp.where(clean, SIGMA_MIN, level.sigma / level.alpha)
+        ratio = jnp.where(clean, CLEAN, level.sigma / level.alpha)
         alpha = jnp.where(clean, jnp.ones_like(level.alpha), level.alpha)
         scale = 1 / (alpha * jnp.sqrt(SIGMA_DATA**2 + ratio**2))
         noisier = expand(meaning.coefficients(chain.level(t)).scale_in, x_s) * cond["x_t"]

@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def build_teacher(start: Params, **settings: Any) -> Method:
     )  # fmt: skip
 
 
-def build_ufogen(start: Params, *, pairs: list[tuple[float, float]], relativistic: bool, **settings: Any) -> Method:
+def build_ufogen(start: Params, *, pairs: list[tuple[float, float]], **settings: Any) -> Method:
     """UFOGen from the teacher; the discriminator, too, but for its last layer."""
 
     def init_discriminator(key, batch):
@@ -90,7 +91,7 @@ def build_ufogen(start: Params, *, pairs: list[tuple[float, float]], relativisti
         parameterization=parameterization.edm(SIGMA_DATA),
         init_params=lambda key, batch: jax.tree.map(jnp.array, start),
         init_discriminator=init_discriminator, jumps=ufogen.pair_jumps(pairs),
-        gamma=ufogen.at_t(ufogen.signal_share), adversarial=losses.relativistic() if relativistic else None, **settings,
+        gamma=ufogen.at_t(ufogen.signal_share), adversarial=losses.relativistic(), **settings,
     )  # fmt: skip
 
 
@@ -105,8 +106,9 @@ def generator() -> tuple[MLP, Any]:
     return net, call
 
 
-def build_ddgan(start: Params, **settings: Any) -> Method:
-    """The paper's four steps, from random weights."""
+def build_ddgan(start: Params, *, levels: Sequence[float], **settings: Any) -> Method:
+    """From random weights, in a step for each of the levels sigma / alpha."""
+    alphas_cumprod = 1 / (1 + np.array([0.0, *levels]) ** 2)
     net, call = generator()
     disc = MLP(1, features=WIDTH, num_blocks=3)
     plain = seeing_waves(disc)
@@ -117,12 +119,16 @@ def build_ddgan(start: Params, **settings: Any) -> Method:
     return ddgan.ddgan(
         call, judge, init_params=lambda key, batch: init_params(net, key, *inputs(1, LATENT)),
         init_disc_params=lambda key, batch: init_params(disc, key, *inputs(2)), latent_dim=LATENT,
+        betas=1 - alphas_cumprod[1:] / alphas_cumprod[:-1], adversarial=losses.relativistic(),
         parameterization=parameterization.x0(parameterization.scaled_time(250.0)), **settings,
     )  # fmt: skip
 
 
-def build_siddm(start: Params, **settings: Any) -> Method:
-    """Four steps with a regressor, from random weights; one network is discriminator, denoiser and regressor."""
+def build_siddm(start: Params, *, shift: float, **settings: Any) -> Method:
+    """Four steps with a regressor, from random weights; one network is discriminator, denoiser and regressor.
+
+    The shift of the cosine makes its quarters less noisy.
+    """
     net, call = generator()
     disc = MLP(5, features=WIDTH, num_blocks=3)
     plain = seeing_waves(disc)
@@ -133,22 +139,25 @@ def build_siddm(start: Params, **settings: Any) -> Method:
 
     return siddm.siddm(
         call, judge, init_params=lambda key, batch: init_params(net, key, *inputs(1, LATENT)),
-        init_disc_params=lambda key, batch: init_params(disc, key, *inputs()), latent_dim=LATENT, **settings,
+        init_disc_params=lambda key, batch: init_params(disc, key, *inputs()), latent_dim=LATENT,
+        schedule=schedules.cosine(shift=shift), adversarial=losses.relativistic(), **settings,
     )  # fmt: skip
 
 
 BUILD = {"teacher": build_teacher, "ufogen": build_ufogen, "ddgan": build_ddgan, "siddm": build_siddm}
 PAIRS = [(SIGMA_MAX, s) for s in (0.05, 0.15, 0.4, 1.0)] + [(1.0, 0.4), (0.4, 0.15), (0.15, 0.05)]
-UFOGEN = {"pairs": PAIRS, "relativistic": True, "reconstruction_weight": 0.1, "r1_weight": 0.01, "r1_sigma": 0.02}
+CHAIN = [(SIGMA_MAX, 5.0), (5.0, 2.0), (2.0, 1.0), (1.0, 0.4), (0.4, 0.15), (0.15, 0.05)]
+UFOGEN = {"pairs": PAIRS, "reconstruction_weight": 0.1, "r1_weight": 0.01, "r1_sigma": 0.02}
 TEACHER = Row("teacher", "EDM, Heun", "teacher", {"log_mean": -2.0, "log_std": 1.4}, 6000, (2e-3,), (0.9, 0.999),
     (18, 1))  # fmt: skip
 ROWS = (
-    Row("ufogen", "UFOGen", "ufogen", UFOGEN, 16_000, (5e-4, 2e-3), (0.0, 0.99), (1, 2, 4)),
-    Row("posterior", "UFOGen with posterior sampling", "ufogen", UFOGEN | {"posterior": True}, 16_000, (5e-4, 2e-3),
-        (0.0, 0.99), (1,)),
-    Row("ddgan", "DDGAN", "ddgan", {"r1_gamma": 0.02, "r1_every": 1, "r1_sigma": 0.01}, 15_000, (2e-4, 4e-4),
-        (0.5, 0.9), (4, 2, 1)),
-    Row("siddm", "SIDDM", "siddm", {}, 15_000, (2e-4, 4e-4), (0.5, 0.9), (4, 2, 1)),
+    Row("ufogen", "UFOGen", "ufogen", UFOGEN, 24_000, (7e-4, 2.8e-3), (0.0, 0.99), (1, 2, 4)),
+    Row("posterior", "UFOGen with posterior sampling, along a chain", "ufogen",
+        UFOGEN | {"pairs": CHAIN, "posterior": True}, 16_000, (5e-4, 2e-3), (0.0, 0.99), (6, 1)),
+    Row("ddgan", "DDGAN", "ddgan",
+        {"levels": (0.1, 0.3, 1.0, 10.0), "r1_gamma": 0.01, "r1_every": 1, "r1_sigma": 0.02}, 16_000, (5e-4, 2e-3),
+        (0.0, 0.99), (4, 2, 1)),
+    Row("siddm", "SIDDM", "siddm", {"shift": 2.8}, 16_000, (5e-4, 2e-3), (0.0, 0.99), (4, 2, 1)),
 )  # fmt: skip
 
 
