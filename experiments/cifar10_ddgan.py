@@ -75,10 +75,6 @@ def build(
 
         return optax.adam(rate, b1=0.5, b2=0.9)
 
-    def ema_rate(step, batch_size):
-        del batch_size
-        return jnp.where(step == 0, 1.0, jnp.float32(1 - ema_decay))  # starts after the first update, as released
-
     return Experiment(
         name="cifar10_ddgan",
         method=method,
@@ -87,7 +83,7 @@ def build(
             source("train"), batch_size=batch_size, seed=seed, augment=[flip_horizontally], prefetch=4
         ),
         optimizers={"model": adam(lr), "disc": adam(disc_lr)},
-        ema=(ema.EMA("ema", ema_rate, f"decay {ema_decay} from the first update on", ("model",)),),
+        ema=(ema.after_first("ema", ema_decay, players=("model",)),),
         sample_shape=(size, size, 3),
         num_classes=None,
         batch_size=batch_size,

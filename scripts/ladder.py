@@ -77,8 +77,8 @@ ROWS = (
     ),
     Row("lcm", "latent consistency distillation, on pixels", "digits_lcm.py"),
     Row("ufogen", "UFOGen", "digits_ufogen.py"),
-    Row("ddgan", "denoising diffusion GAN", "digits_ddgan.py"),
-    Row("siddm", "SIDDM", "digits_siddm.py"),
+    Row("ddgan", "denoising diffusion GAN", "digits_ddgan.py", calls=(4, 2, 1)),
+    Row("siddm", "SIDDM", "digits_siddm.py", calls=(4, 2, 1)),
     Row("dmd2", "DMD2", "digits_dmd2.py", calls=(1,)),
     Row("flow", "1-rectified flow", "digits_rectified_flow.py", {"first": True, "num_steps": 1200}),
     Row("flow-distilled", "1-rectified flow, distilled", "digits_rectified_flow.py", {"distil": True, **PAIRS},
@@ -94,13 +94,14 @@ ABLATIONS = (
     Row("ufogen-scratch", "UFOGen from random weights", "digits_ufogen.py", {"from_scratch": True}, (1,)),
     Row("ufogen-posterior", "UFOGen with posterior sampling", "digits_ufogen.py", {"posterior": True}, (1,)),
     Row("ufogen-no-r1", "UFOGen without R1", "digits_ufogen.py", {"r1_weight": 0.0}, (1,)),
+    Row("ddgan-no-r1", "denoising diffusion GAN without R1", "digits_ddgan.py", {"r1_gamma": 0.0}, (4, 2, 1)),
     Row("siddm-marginal", "SIDDM without auxiliary forward diffusion", "digits_siddm.py", {"forward_weight": 0.0},
         (4, 2, 1)),
     Row("siddm-no-regressor", "SIDDM without its regressor", "digits_siddm.py", {"regressor": False}, (4, 2, 1)),
     Row("reflow-twice", "3-rectified flow", "digits_rectified_flow.py", PAIRS, before="reflow"),
 )  # fmt: skip
 ALL = (*ROWS, *ABLATIONS)
-WHOLE = ("ufogen", "siddm", "flow", "reflow")  # what stands beside them
+WHOLE = ("ufogen", "ddgan", "siddm", "flow", "reflow")  # what stands beside them
 
 
 def main() -> int:

@@ -53,6 +53,28 @@ def constant(name: str, decay: float, *, players: tuple[str, ...] | None = None)
     return EMA(name, lambda step, batch_size: jnp.float32(1 - decay), f"constant decay {decay}", players)
 
 
+def after_first(name: str, decay: float, *, players: tuple[str, ...] | None = None) -> EMA:
+    """A fixed decay that starts with the parameters after the first update, not with the first ones.
+
+    Args:
+      name: name of the average.
+      decay: in [0, 1), per update.
+      players: whose parameters; None for all.
+
+    Raises:
+      ValueError: if decay is outside [0, 1).
+
+    Source: `EMA` of DDGAN's release (Xiao et al. 2022, arXiv:2112.07804).
+    """
+    _check_decay(decay)
+
+    def rate(step: Int[Array, ""], batch_size: int) -> Float[Array, ""]:
+        del batch_size
+        return jnp.where(step == 0, jnp.float32(1), jnp.float32(1 - decay))
+
+    return EMA(name, rate, f"decay {decay} from the first update on", players)
+
+
 def warmup(name: str, decay: float, *, players: tuple[str, ...] | None = None) -> EMA:
     """decay_n = min(decay, (1 + n) / (10 + n)), with n = 1 in the first update.
 

@@ -37,6 +37,10 @@ def test_warmup_counts_its_updates_from_one():
     assert expected[-1] == 0.6 and expected[0] == 2 / 11
 
 
+def test_after_first_begins_with_the_parameters_of_the_first_update():
+    assert decays(ema.after_first("late", 0.9), 3) == pytest.approx([0, 0.9, 0.9])
+
+
 def test_half_life_with_ramp_is_the_edm_formula():
     images, ramp = 200.0, 0.5
     life = [min(images, ramp * BATCH * step) for step in range(60)]
@@ -69,7 +73,7 @@ def test_averages_of_bfloat16_are_float32_and_move():
     assert int(averages["slow"]["model"]["count"]) == 6
 
 
-@pytest.mark.parametrize("make", [ema.constant, ema.warmup])
+@pytest.mark.parametrize("make", [ema.constant, ema.warmup, ema.after_first])
 @pytest.mark.parametrize("decay", [1.0, -0.1])
 def test_a_decay_outside_its_range_is_refused(make, decay):
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got"):
