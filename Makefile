@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TEST_ENV := JAX_COMPILATION_CACHE_DIR='$(CURDIR)/.cache/jax' JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-full reliability parity ladder plane benchmark lint format check golden notebook docs clean
+.PHONY: help setup quickstart test test-full reliability parity ladder plane grid benchmark lint format check golden notebook docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ ladder: setup ## train what is missing of every few-step method on the digits, j
 
 plane: setup ## the same on a mixture in the plane: docs/plane.md
 	@$(BIN)/python scripts/plane.py $(PLANE_ARGS)
+
+grid: setup ## which modes diffusion GANs find: docs/grid.md
+	@$(BIN)/python scripts/grid.py $(GRID_ARGS)
 
 benchmark: setup ## time against other libraries: a dated table in benchmarks/results; see benchmarks/README.md
 	@$(BIN)/python -m benchmarks.unet_cpu $(BENCHMARK_ARGS)

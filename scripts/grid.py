@@ -2,8 +2,8 @@
 
 `python scripts/grid.py` trains an EDM teacher and every row of ROWS for every seed through the library's own train
 step, counts the modes that samples reach, and writes docs/grid.md and its picture. UFOGen starts from the teacher; its
-row with the posterior is the failure that it mends. All networks see waves of the points beside the points: a plain MLP
-is slow to tell neighbouring modes apart. What is done is kept in --runs, as in plane.py.
+row along a chain with the posterior is the failure that it mends. All networks see waves of the points beside them: a
+plain MLP is slow to tell neighbouring modes apart. What is done is kept in --runs, as in plane.py.
 """
 
 import dataclasses
@@ -276,8 +276,10 @@ distance in total variation of the modes' shares from equal ones. As many true p
 Medians over the seeds with their range; CPU seconds are of one core and of the method's own training.
 {note}
 UFOGen starts from the teacher; ddgan and siddm start from random weights, as in their papers, with a latent of
-{latent}. `posterior` is UFOGen whose samples for the discriminator come from the posterior given x_t, as in diffusion
-GANs: what the adversary compares then hardly depends on the generator at the noisiest level, and one step fails.
+{latent}. `posterior` is UFOGen along a chain of neighbouring levels whose samples for the discriminator come from the
+posterior given x_t, as in diffusion GANs. Its six steps find what there is, its first alone makes the mean of the data:
+after the noisiest step the adversary compares little but noise. `ddgan` and `siddm` fail in one step for the same
+reason. UFOGen compares pure noise's x0 at low levels at once.
 
 ![samples](images/grid.png)
 
