@@ -20,7 +20,7 @@ from jaxdiff.metrics.pixels import pixel_extractor
 from jaxdiff.networks import partition
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.unet import example_inputs
-from jaxdiff.networks.unet_discriminator import UNetDiscriminator, from_backbone
+from jaxdiff.networks.unet_discriminator import UNetDiscriminator, on_backbone
 from jaxdiff.networks.unet_presets import ddpm_unet
 from jaxdiff.training import alarms, ema
 from jaxdiff.training.experiment import Experiment
@@ -65,19 +65,14 @@ def build(
     trained, to_noise = schedules.discrete(betas), schedules.discrete(schedules.zero_terminal_snr(betas))
     output = parameterization.eps()
     generator = one_step.from_diffusion(as_network(unet), trained, output, onto=to_noise, last_time=last_time)
-    judge = one_step.judge_from_diffusion(as_network(discriminator), trained, output, onto=to_noise)
-
-    def start_discriminator(key, batch):
-        fresh = init_params(discriminator, key, *example_inputs(unet))
-        return from_backbone(fresh, jax.tree.map(jnp.array, old))
 
     method = ufogen(
         generator.network,
-        judge,
+        generator.judge(as_network(discriminator)),
         generator.schedule,
         parameterization=generator.parameterization,
         init_params=lambda key, batch: jax.tree.map(jnp.array, old),
-        init_discriminator=start_discriminator,
+        init_discriminator=on_backbone(discriminator, old, *example_inputs(unet)),
         jumps=chain_jumps(chain_length, jump, last_share),
         reconstruction_weight=reconstruction_weight,
         r1_weight=r1_weight,

@@ -20,7 +20,7 @@ from jaxdiff.metrics.digits import digits_extractor
 from jaxdiff.networks import partition
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.unet import UNet, example_inputs, unet_plan
-from jaxdiff.networks.unet_discriminator import FeatureDiscriminator, from_backbone
+from jaxdiff.networks.unet_discriminator import FeatureDiscriminator, on_backbone
 from jaxdiff.training import alarms, ema
 from jaxdiff.training.experiment import Experiment
 
@@ -38,6 +38,7 @@ def build(
     r1_weight: float = 0.02,
     r1_sigma: float = 0.05,
     posterior: bool = False,
+    chain: bool = False,
     from_scratch: bool = False,
     num_steps: int = 1000,
     batch_size: int = 64,
@@ -53,8 +54,8 @@ def build(
 ) -> Experiment:
     """Settings: levels are the sigmas that samples are compared at. From pure noise, sigma_max, which last_share of the
     examples start at, all of them are; from each of starts the one below it. reconstruction_weight 0 leaves the
-    adversary alone; r1_weight 0 leaves R1 out, r1_sigma 0 takes it itself, with second derivatives; posterior and
-    from_scratch are two ways to fail.
+    adversary alone; r1_weight 0 leaves R1 out, r1_sigma 0 takes it itself, with second derivatives; posterior,
+    from_scratch, and chain, which compares neighbours of all these levels only, are three ways to fail.
     """
     if smoke:
         num_steps, batch_size, width, checkpoint_every, sample_every = 4, 8, 8, 2, 4
@@ -74,19 +75,20 @@ def build(
     random = init_params(unet, jax.random.key(seed), *example_inputs(unet))
     teacher_params = random if smoke or from_scratch else runs.teacher_params(teacher)
 
-    def start_discriminator(key, batch):
-        fresh = init_params(discriminator, key, *example_inputs(unet))
-        return from_backbone(fresh, jax.tree.map(jnp.array, teacher_params))
-
     pairs = [(sigma_max, s) for s in levels] + [(t, max(s for s in levels if s < t)) for t in starts]
-    shares = [last_share / len(levels)] * len(levels) + [(1 - last_share) / len(starts)] * len(starts)
+    if chain:
+        known = sorted({*levels, *starts, sigma_max}, reverse=True)
+        pairs = list(zip(known, known[1:], strict=False))
+    from_noise = sum(t == sigma_max for t, _ in pairs)
+    others = len(pairs) - from_noise
+    shares = [last_share / from_noise] * from_noise + [(1 - last_share) / others] * others
     method = ufogen(
         as_network(unet),
         as_network(discriminator),
         schedules.ve(0.002, sigma_max),
         parameterization=parameterization.edm(SIGMA_DATA),
         init_params=lambda key, batch: jax.tree.map(jnp.array, teacher_params),
-        init_discriminator=start_discriminator,
+        init_discriminator=on_backbone(discriminator, teacher_params, *example_inputs(unet)),
         jumps=pair_jumps(pairs, shares),
         reconstruction_weight=reconstruction_weight,
         gamma=at_t(signal_share),

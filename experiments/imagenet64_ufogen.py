@@ -21,7 +21,7 @@ from jaxdiff.metrics.pixels import pixel_extractor
 from jaxdiff.networks import partition
 from jaxdiff.networks.base import as_network, init_params
 from jaxdiff.networks.unet import example_inputs
-from jaxdiff.networks.unet_discriminator import UNetDiscriminator, from_backbone
+from jaxdiff.networks.unet_discriminator import UNetDiscriminator, on_backbone
 from jaxdiff.networks.unet_presets import consistency_unet
 from jaxdiff.training import alarms, ema
 from jaxdiff.training.experiment import Experiment
@@ -62,17 +62,13 @@ def build(
 
     old = init_params(unet, jax.random.key(0), *example_inputs(unet)) if smoke else runs.teacher_params(teacher)
 
-    def start_discriminator(key, batch):
-        fresh = init_params(discriminator, key, *example_inputs(unet))
-        return from_backbone(fresh, jax.tree.map(jnp.array, old))
-
     method = ufogen(
         as_network(unet),
         as_network(discriminator),
         schedules.ve(0.002, levels[-1]),
         parameterization=parameterization.edm(0.5, parameterization.log_time(250.0)),
         init_params=lambda key, batch: jax.tree.map(jnp.array, old),
-        init_discriminator=start_discriminator,
+        init_discriminator=on_backbone(discriminator, old, *example_inputs(unet)),
         jumps=level_jumps(levels, last_share),
         reconstruction_weight=reconstruction_weight,
         gamma=at_t(signal_share),

@@ -1,13 +1,14 @@
 """One-step generators: how a trained diffusion network becomes one, and what every one of them can do.
 
-`from_diffusion` wraps a network so that it answers with x0 at every level of a schedule, pure noise included, and
-`judge_from_diffusion` shows noised data to a discriminator as the same network was trained to see them. Then one call
-makes data from noise, or edits data. No network is known here: a discriminator's first parameters are
-`networks.unet_discriminator.from_backbone`'s, a student's `networks.base.grown`'s (both refuse other shapes), and
+`from_diffusion` wraps a network so that it answers with x0 at every level of a schedule, pure noise included; its
+`judge` shows noised data to a discriminator as the same network was trained to see them. Then one call makes data from
+noise, or edits data. No network is known here: a discriminator's first parameters are
+`networks.unet_discriminator.on_backbone`'s, a student's `networks.base.grown`'s (both refuse other shapes), and
 one-step generation under a ControlNet is `from_diffusion` of `networks.controlnet.controlled_network`. Editing with
 known pixels is `editing.zero_shot`, sampling in more steps `solvers.stochastic_iterative`.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,21 +25,34 @@ from jaxdiff.schedules import Schedule
 from jaxdiff.solvers.base import level_like
 from jaxdiff.types import Cond, Denoiser, Key, Level, Network, Params, expand
 
+Seen = Callable[[Array, Array], tuple[Array, Array]]
 MAX_GAIN = 10.0
 """Largest factor on a network's error that one call may have. Of eps it is sigma / alpha: 14.6 at the last index of
 Stable Diffusion's chain, 157 at that of DDPM's."""
 
 
 class Generator(NamedTuple):
-    """A network that is safe to call once at pure noise, and what its times and its output mean."""
+    """A network that is safe to call once at pure noise, and what its times and its output mean.
+
+    Attributes:
+      network: (params, x_t, t, cond) -> x0 [B, ...].
+      schedule: of x_t and t.
+      parameterization: x0.
+      seen: (x_t [B, ...], t [B]) -> the scaled x_t and the time that the diffusion network is given.
+    """
 
     network: Network
     schedule: Schedule
     parameterization: Parameterization
+    seen: Seen
 
     def denoiser(self, params: Params, cond: Cond | None = None) -> Denoiser:
         """The generator as a Denoiser."""
         return denoiser(self.network, params, self.schedule, self.parameterization, cond)
+
+    def judge(self, discriminator: Network) -> Network:
+        """`judge_from_diffusion` of a discriminator on the same diffusion network: (params, x_s, s, cond) -> logits."""
+        return _judge(discriminator, self.seen)
 
 
 def from_diffusion(
@@ -80,7 +94,8 @@ def from_diffusion(
         denoise = denoiser(network, params, schedule, parameterization, cond, train=train, key=key)
         return denoise(*translate(x_t, t)).x0
 
-    return Generator(generator, schedule if onto is None else onto, parameterizations.x0())
+    seen = as_trained(schedule, parameterization, onto=onto, last_time=last_time)
+    return Generator(generator, schedule if onto is None else onto, parameterizations.x0(), seen)
 
 
 def judge_from_diffusion(
@@ -97,15 +112,7 @@ def judge_from_diffusion(
       discriminator: (params, x, t, cond) -> logits, which takes x and t as the backbone was trained to take them.
       schedule, parameterization, onto, last_time: as for `from_diffusion`; x_s and s are of `onto`.
     """
-    seen = as_trained(schedule, parameterization, onto=onto, last_time=last_time)
-
-    def judge(
-        params: Params, x_t: Array, t: Array, cond: Cond, *, train: bool = False, key: Key | None = None
-    ) -> Array:
-        x_t, t = seen(x_t, t)
-        return discriminator(params, x_t, t, cond, train=train, key=key)
-
-    return judge
+    return _judge(discriminator, as_trained(schedule, parameterization, onto=onto, last_time=last_time))
 
 
 def as_trained(
@@ -114,7 +121,7 @@ def as_trained(
     *,
     onto: Schedule | None = None,
     last_time: float | None = None,
-) -> Callable[[Array, Array], tuple[Array, Array]]:
+) -> Seen:
     """(x_t [B, ...], t [B]) of `onto` -> what a network trained on `schedule` is given: scaled x_t, and its time.
 
     Args: as for `from_diffusion`.
@@ -209,7 +216,7 @@ def image_to_image(
       denoise: the generator, with the condition to edit towards.
       schedule: its schedule.
       x0: [B, ...] data, or latents.
-      strength: in (0, 1], may be traced: `time_of_share` of the level. Small ones keep x0, 1 keeps only noise.
+      strength: in (0, 1], may be traced: `time_of_share` of the level. Small ones keep x0, 1 is the last level.
       noise: [B, ...] unit normal.
 
     Raises:
@@ -217,7 +224,7 @@ def image_to_image(
 
     Source: Meng et al. 2021 (arXiv:2108.01073) with one step, as in Xu et al. 2023 (arXiv:2311.09257) section 5.
     """
-    if isinstance(strength, float | int) and not 0 < strength <= 1:
+    if isinstance(strength, numbers.Real) and not 0 < strength <= 1:
         raise ValueError(f"image_to_image: strength must be in (0, 1], got {strength}; 1 ignores the image")
     t = time_of_share(schedule, jnp.full(x0.shape[:1], strength, x0.dtype))
     return denoise(q_sample(x0, noise, level_like(schedule, t, x0)), t).x0
@@ -233,6 +240,15 @@ def time_of_share(schedule: Schedule, share: Float[Array, " b"]) -> Float[Array,
     h = jnp.log1p(-share) - jnp.log(share)
     ends = [_half_log_snr(schedule, t) for t in (schedule.t_max, schedule.t_min)]
     return jnp.clip(schedule.time(jnp.clip(h, *ends)), schedule.t_min, schedule.t_max)
+
+
+def _judge(discriminator: Network, seen: Seen) -> Network:
+    def judge(
+        params: Params, x_t: Array, t: Array, cond: Cond, *, train: bool = False, key: Key | None = None
+    ) -> Array:
+        return discriminator(params, *seen(x_t, t), cond, train=train, key=key)
+
+    return judge
 
 
 def _translation(

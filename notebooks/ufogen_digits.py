@@ -59,7 +59,7 @@ from jaxdiff.metrics.digits import digits_extractor
 from jaxdiff.networks.base import as_network, num_params
 from jaxdiff.networks.base import init_params as fresh_params
 from jaxdiff.networks.unet import UNet, example_inputs, unet_plan
-from jaxdiff.networks.unet_discriminator import FeatureDiscriminator, from_backbone
+from jaxdiff.networks.unet_discriminator import FeatureDiscriminator, on_backbone
 from jaxdiff.solvers.ddim import ddim
 from jaxdiff.training import ema
 from jaxdiff.training.state import create_state
@@ -168,7 +168,7 @@ except ValueError as error:
 
 # %% [markdown]
 # **The discriminator** is the way down of the same network, with a head on its features that starts at zero: at first
-# it says nothing, and so does no harm. `from_backbone` copies the weights of the diffusion model into it, and
+# it says nothing, and so does no harm. `on_backbone` copies the weights of the diffusion model into it, and
 # `judge_from_diffusion`, inside the method, shows it images as they were scaled for the diffusion model.
 
 # %%
@@ -178,10 +178,6 @@ discriminator = FeatureDiscriminator(unet, taps)
 
 def copied(key, batch):
     return jax.tree.map(jnp.array, teacher["model"])
-
-
-def start_discriminator(key, batch):
-    return from_backbone(fresh_params(discriminator, key, *example_inputs(unet)), copied(key, batch))
 
 
 # %% [markdown]
@@ -208,7 +204,7 @@ def adversarial(**changes):
         generator.schedule,
         parameterization=generator.parameterization,
         init_params=copied,
-        init_discriminator=start_discriminator,
+        init_discriminator=on_backbone(discriminator, teacher["model"], *example_inputs(unet)),
         jumps=pair_jumps(pairs, shares),
         **(settings | changes),
     )

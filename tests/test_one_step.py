@@ -101,6 +101,9 @@ def test_a_discriminator_sees_what_its_backbone_was_trained_on():
     np.testing.assert_allclose(seen[0][1], jnp.log(sigma) / 4, atol=1e-6)
     np.testing.assert_allclose(seen[0][0], x_ve / jnp.sqrt(sigma**2 + 0.25)[:, None], rtol=1e-4)
     np.testing.assert_array_equal(logits, seen[0][0].sum(1) + 1)
+    ve = schedules.ve()
+    generator = one_step.from_diffusion(best(ve, meaning), ve, meaning, onto=schedules.rectified_flow())
+    np.testing.assert_array_equal(generator.judge(discriminator)({"a": jnp.ones(2)}, x_s, s, {}), logits)
 
 
 @pytest.mark.parametrize(

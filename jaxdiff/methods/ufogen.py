@@ -244,8 +244,8 @@ def ufogen(
     Source: Xu et al. 2023 (arXiv:2311.09257) algorithm 1.
     """
     one_step.require_safe(schedule, parameterization)
-    _check(schedule, reconstruction_weight, r1_weight, r1_every, r1_sigma, pure_noise)
-    jumps.times(num_steps)  # refuses a bad count now, not when sampling
+    first = float(jumps.times(num_steps)[0])  # refuses a bad count now, not when sampling
+    _check(schedule, first, reconstruction_weight, r1_weight, r1_every, r1_sigma, pure_noise)
     adversarial = losses.non_saturating() if adversarial is None else adversarial
     to_s = from_posterior if posterior else fresh
     looking = one_step.judge_from_diffusion(discriminator, schedule, parameterization)
@@ -315,7 +315,7 @@ def ufogen(
     )
 
 
-def _check(schedule, reconstruction_weight, r1_weight, r1_every, r1_sigma, pure_noise):
+def _check(schedule, first, reconstruction_weight, r1_weight, r1_every, r1_sigma, pure_noise):
     for name, value in (("reconstruction_weight", reconstruction_weight), ("r1_weight", r1_weight)):
         if not value >= 0:
             raise ValueError(f"ufogen: {name} must not be negative, got {value}; 0 leaves the term out")
@@ -323,10 +323,21 @@ def _check(schedule, reconstruction_weight, r1_weight, r1_every, r1_sigma, pure_
         raise ValueError(f"ufogen: r1_every must be at least 1, got {r1_every}; r1_weight 0 leaves R1 out")
     if r1_sigma is not None and not r1_sigma > 0:
         raise ValueError(f"ufogen: r1_sigma must be positive, got {r1_sigma}; None takes the gradient itself")
+    if first > schedule.t_max:
+        raise ValueError(
+            f"ufogen: the jumps begin at t = {first:g}, the schedule's last level is t = {schedule.t_max:g}"
+        )
     with jax.ensure_compile_time_eval():
-        end = schedule.level(jnp.full([1], schedule.t_max, jnp.float32))
+        end = schedule.level(jnp.full([1], first, jnp.float32))
         signal = float((end.alpha / end.sigma)[0])
-    if not pure_noise and signal > SIGNAL:
+    if signal <= SIGNAL:
+        return
+    if first < schedule.t_max:
+        raise ValueError(
+            f"ufogen: sampling would start at t = {first:g}, which holds signal, alpha / sigma = {signal:.2g}, and noise "
+            f"does not; the jumps must reach the schedule's last level, t = {schedule.t_max:g}"
+        )
+    if not pure_noise:
         raise ValueError(
             f"ufogen: the last level holds signal, alpha / sigma = {signal:.2g}, which sampling from noise lacks; "
             "use pure_noise=True, or a schedule of zero_terminal_snr"

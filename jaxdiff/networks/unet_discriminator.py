@@ -19,6 +19,7 @@ from flax import traverse_util
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jaxdiff.networks.base import init_params
 from jaxdiff.networks.initializers import ONES, Normal, fan_average, torch_default, zeros
 from jaxdiff.networks.layers import Conv, Dense, GroupNorm, LayerNorm
 from jaxdiff.networks.unet import UNet, unet_plan
@@ -214,6 +215,28 @@ def tapped_blocks(depth: int) -> tuple[str, str, str]:
     if len(set(taps)) < 3 or taps[0] < 0:
         raise ValueError(f"a transformer of depth {depth} has no three blocks to read; name the taps yourself")
     return f"block_{taps[0]}", f"block_{taps[1]}", f"block_{taps[2]}"
+
+
+def on_backbone(discriminator: nn.Module, backbone_params: Params, *example: Any) -> Callable[[Key, Any], Params]:
+    """`init_discriminator` of a method: new heads over a copy of a trained diffusion network's parameters.
+
+    Args:
+      discriminator: a `UNetDiscriminator` or `FeatureDiscriminator`.
+      backbone_params: parameters of the network it is built on.
+      *example: (x, t, cond) as it is called with, of any batch size.
+
+    Returns:
+      (key, batch) -> params; the batch is not looked at.
+
+    Raises:
+      ValueError: when called, if the trees of the backbone differ in a name or a shape.
+    """
+
+    def init(key: Key, batch: Any) -> Params:
+        del batch
+        return from_backbone(init_params(discriminator, key, *example), jax.tree.map(jnp.array, backbone_params))
+
+    return init
 
 
 def from_backbone(params: Params, backbone_params: Params) -> Params:

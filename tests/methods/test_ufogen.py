@@ -316,9 +316,18 @@ def test_a_train_step_compiles_once_with_the_discriminator_on_every_other_step()
             "up to inf times its own error",
         ),
         (
-            {"pure_noise": False, "schedule": schedules.ve(0.002, 5.0)},
+            {"jumps": ufogen.level_jumps((0.1, 0.7, 2.0))},
+            "sampling would start at t = 2, which holds signal, alpha / sigma = 0.5, .* last level, t = 20",
+        ),
+        (
+            {"jumps": ufogen.chain_jumps(500, 100), "schedule": CHAIN},
+            "sampling would start at t = 499, .* must reach the schedule's last level, t = 999",
+        ),
+        (
+            {"pure_noise": False, "schedule": schedules.ve(0.002, 5.0), "jumps": ufogen.level_jumps((0.1, 0.7, 5.0))},
             "the last level holds signal, alpha / sigma = 0.2, .* pure_noise=True, or a schedule of zero_terminal_snr",
         ),
+        ({"schedule": schedules.ve(0.002, 5.0)}, "the jumps begin at t = 20, the schedule's last level is t = 5"),
         ({"reconstruction_weight": -1.0}, "reconstruction_weight must not be negative, got -1.0"),
         ({"r1_weight": -1.0}, "r1_weight must not be negative"),
         ({"r1_weight": 1.0, "r1_every": 0}, "r1_every must be at least 1, got 0"),

@@ -17,6 +17,7 @@ from jaxdiff.networks.unet_discriminator import (
     UNetDiscriminator,
     as_judge,
     from_backbone,
+    on_backbone,
     tapped_blocks,
 )
 
@@ -46,6 +47,10 @@ def trained(backbone):
 def test_a_unet_discriminator_starts_undecided_and_from_the_weights_of_a_diffusion_model():
     backbone = trained(UNET)
     params = from_backbone(fresh(ON_UNET), backbone)
+    started = on_backbone(ON_UNET, backbone, X, T, {})(jax.random.key(9), None)
+    assert jax.tree.structure(started) == jax.tree.structure(params)
+    for ours, theirs in zip(jax.tree.leaves(started["backbone"]), jax.tree.leaves(backbone), strict=True):
+        assert (ours == theirs).all() and ours is not theirs
     found = jax.jit(as_judge(ON_UNET))(params, X, T, {})
     assert (found.sample.shape, found.pixel.shape, found.regression.shape) == ((2,), (2, 4, 4), (2, 4, 4, 2))
     np.testing.assert_array_equal(found.sample, 0.0)
