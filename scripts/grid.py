@@ -258,7 +258,7 @@ def picture(rows: list[Row], seed: int, folder: Path, images: Path) -> None:
         for n in sorted({row.calls[0], 1}, reverse=True):
             strip = folder / f"{row.name}-{seed}.{n}.npy"
             if strip.is_file():
-                panels[f"{row.label}, {n} {'step' if n == 1 else 'steps'}"] = np.load(strip)
+                panels[f"{row.name}, {n} {'step' if n == 1 else 'steps'}"] = np.load(strip)
     plane.scatter(panels, images / "grid.png")
 
 
@@ -279,7 +279,8 @@ UFOGen starts from the teacher; ddgan and siddm start from random weights, as in
 {latent}. `posterior` is UFOGen along a chain of neighbouring levels whose samples for the discriminator come from the
 posterior given x_t, as in diffusion GANs. Its six steps find what there is, its first alone makes the mean of the data:
 after the noisiest step the adversary compares little but noise. `ddgan` and `siddm` fail in one step for the same
-reason. UFOGen compares pure noise's x0 at low levels at once.
+reason. UFOGen compares pure noise's x0 at low levels at once. All have the relativistic loss, which is none of their
+papers'.
 
 ![samples](images/grid.png)
 
