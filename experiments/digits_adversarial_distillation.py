@@ -2,6 +2,7 @@
 
 Papers: Sauer et al. 2023 (arXiv:2311.17042) for the distillation, Sauer et al. 2024 (arXiv:2403.12015) for judging by
 the teacher's own features of noised images. Levels, learning rates and the share of noise are ours: images are small.
+The heads are APT's, which see neither the label nor the noise level, where the papers' do.
 Command: jaxdiff train experiments/digits_adversarial_distillation.py --workdir runs/ladder/add-0
              (needs digits_edm.py's run first)
 Expected: not measured.
@@ -77,7 +78,7 @@ def build(
         parameterization=parameterization.edm(SIGMA_DATA),
         teacher_params=teacher_params,
         features=features,
-        heads=lambda params, taps: heads.apply({"params": params}, taps),
+        heads=lambda params, taps, t, cond: heads.apply({"params": params}, taps),
         init_heads=lambda key, batch: init_params(heads, key, shapes),
         levels=levels,
         judge_times=logit_normal_share(schedules.ve(0.002, levels[0]), judge_mean),
@@ -89,7 +90,7 @@ def build(
         networks={"model": unet, "disc": heads},
         data=lambda: batches(digits("train"), batch_size=batch_size, seed=seed),
         optimizers={"disc": optax.adam(disc_lr, b1=0.0, b2=0.99), "model": optax.adam(lr, b1=0.0, b2=0.99)},
-        ema=(ema.warmup("ema", ema_decay),),
+        ema=(ema.warmup("ema", ema_decay, players=("model",)),),
         partition=partition.UNET,
         sample_shape=(8, 8, 1),
         num_classes=10,

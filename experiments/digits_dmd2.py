@@ -7,6 +7,7 @@ Expected: in one step 1.08 times the teacher's Frechet distance at 50 calls (doc
 """
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxdiff import runs
@@ -74,13 +75,17 @@ def build(
     def logit(params, x_t, t, cond, **training):
         return judge(params, x_t, t, cond, **training).sample
 
+    def start_fake(key, batch):
+        fresh = init_params(fake, key, *example_inputs(unet))
+        return from_backbone(fresh, jax.tree.map(jnp.array, teacher_params))
+
     method = dmd2(
         as_network(unet),
         edm_form(SIGMA_DATA, sigma_max=sigma_max),
         teacher_params=teacher_params,
         score=score,
         judge=logit,
-        init_fake=lambda key, batch: from_backbone(init_params(fake, key, *example_inputs(unet)), teacher_params),
+        init_fake=start_fake,
         judge_weight=judge_weight,
         gan_weight=gan_weight,
         every=every,

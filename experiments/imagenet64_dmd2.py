@@ -6,6 +6,11 @@ updates are the release's, which distils EDM's own ADM; its judge has convolutio
 has a mean. float16 diverged there, bfloat16 did not. Flips and clipping are assumptions.
 Command: jaxdiff import consistency-unet edm_imagenet64_ema.pt weights/edm_imagenet64
 then:    jaxdiff train experiments/imagenet64_dmd2.py --workdir runs/imagenet64_dmd2
+or in two stages:
+         jaxdiff train experiments/imagenet64_dmd2.py --workdir runs/imagenet64_dmd2_first
+             --set adversarial=false --set num_steps=400_000
+         jaxdiff train experiments/imagenet64_dmd2.py --workdir runs/imagenet64_dmd2_second
+             --set start=runs/imagenet64_dmd2_first --set num_steps=150_000 --set lr=5e-7
 Reached: not run at scale yet.
 """
 
@@ -33,6 +38,7 @@ def build(
     *,
     data: str = "tfds:imagenet2012",
     teacher: str = "weights/edm_imagenet64",
+    start: str | None = None,
     adversarial: bool = True,
     every: int = 5,
     num_steps: int = 200_000,
@@ -47,8 +53,9 @@ def build(
     sample_every: int = 5000,
     smoke: bool = False,
 ) -> Experiment:
-    """Settings: adversarial False leaves the judge out; the generator moves on every n-th step, n = every; the release
-    samples the trained parameters themselves, ema_decay is ours.
+    """Settings: start is the run without a judge whose generator and fake score, as trained and not averaged, this one
+    begins with, None for the teacher's parameters; adversarial False leaves the judge out; the generator moves on every
+    n-th step, n = every; the release samples the trained parameters themselves, ema_decay is ours.
     """
     size = 64
     unet = consistency_unet(64, num_classes=1000).clone(dtype=jnp.bfloat16 if bf16 else jnp.float32)
@@ -69,17 +76,24 @@ def build(
     def logit(params, x_t, t, cond, **training):
         return judge(params, x_t, t, cond, **training).sample
 
-    judging = {
-        "score": score,
-        "judge": logit,
-        "init_fake": lambda key, batch: from_backbone(init_params(fake, key, *example_inputs(unet)), old),
-    }
+    def start_player(player: str):
+        return old if start is None else runs.player_params(start, player=player, average="raw")
+
+    student, score_params = start_player("model"), start_player("fake")
+
+    def start_fake(key, batch):
+        params = jax.tree.map(jnp.array, score_params)
+        return from_backbone(init_params(fake, key, *example_inputs(unet)), params) if adversarial else params
+
     method = dmd2(
         as_network(unet),
         edm_form(parameterization=parameterization.edm(0.5, parameterization.log_time(250.0))),
         teacher_params=old,
+        init_params=lambda key, batch: jax.tree.map(jnp.array, student),
+        score=score if adversarial else None,
+        judge=logit if adversarial else None,
+        init_fake=start_fake,
         every=every,
-        **(judging if adversarial else {}),
     )
     return Experiment(
         name="imagenet64_dmd2",

@@ -1,15 +1,24 @@
 """InstaFlow from Stable Diffusion 1.5: reflow under texts, then a distillation into one step, first L2, then LPIPS.
 
 Paper: Liu et al. 2023 (arXiv:2309.06380): FID 23.4 on 5000 captions of COCO 2017 in one step of 0.9 B parameters, 199
-A100-days in all. Batch, learning rates, steps and dropping one text in ten are the paper's or ours, not verified.
+A100-days in all. Published, though we know it second-hand: AdamW at 1e-6, EMA 0.9999, gradients clipped to norm 1,
+1000 steps of warm-up, bfloat16; batch 64 for 70k steps, then 1024 for 25k (reflow), 21.5k (L2) and 18k (LPIPS); 1.6 M
+pairs a flow. Ours: weight decay 1e-2 and dropping one text in ten. Their LPIPS is of AlexNet, ours of VGG16. The
+network of 1.7 B parameters, two UNets in a row, is not here.
 Pairs are a folder of `data.pairs`: noise, latents (times 0.18215) and the text's context, with null_context.npy beside
-them. For the reflow the teacher makes them in 25 steps of DPM-Solver at guidance 5; for the distillations the second
-flow does, in 25 steps at guidance 1.5. The output's meaning changes from noise to velocity, so samples of the reflow's
-first thousand steps look broken.
+them; `scripts/sd_pairs.py` makes them of encoded captions. For the reflow the teacher does, in 25 steps of DPM-Solver
+at guidance 5; for the distillations the second flow, in 25 steps of Euler at guidance 1.5. The output's meaning
+changes from noise to velocity, so samples of the reflow's first thousand steps look broken.
 Command: jaxdiff import diffusers-unet path/to/unet weights/sd15
-then:    jaxdiff train experiments/sd_instaflow.py --workdir runs/sd_flow2
+then:    python scripts/sd_pairs.py weights/sd15 --captions data/captions --num 1_600_000 --out data/sd_pairs
+then:    jaxdiff train experiments/sd_instaflow.py --workdir runs/sd_flow2_start
+             --set batch_size=64 --set num_steps=70_000
+then:    jaxdiff train experiments/sd_instaflow.py --workdir runs/sd_flow2 --set teacher=runs/sd_flow2_start
+then:    python scripts/sd_pairs.py runs/sd_flow2 --captions data/captions --num 1_600_000 --out data/sd_flow2_pairs
 then:    jaxdiff train experiments/sd_instaflow.py --workdir runs/sd_instaflow_l2 --set distil=True
              --set teacher=runs/sd_flow2 --set data=data/sd_flow2_pairs --set num_steps=21_500
+then:    jaxdiff import diffusers-autoencoder path/to/vae weights/sd15_vae
+then:    jaxdiff import lpips vgg16-397923af.pth vgg.pth weights/lpips
 then:    jaxdiff train experiments/sd_instaflow.py --workdir runs/sd_instaflow --set distil=True
              --set teacher=runs/sd_instaflow_l2 --set data=data/sd_flow2_pairs --set num_steps=18_000
              --set lpips=weights/lpips --set autoencoder=weights/sd15_vae
@@ -44,7 +53,8 @@ def open_pairs(folder: str) -> tuple[PairSource, np.ndarray]:
     source, path = stored_pairs(folder), Path(folder) / "null_context.npy"
     if not path.is_file() or "context" not in source[0]:
         raise ValueError(
-            f"{folder}: expected context-00000.npy, ... and null_context.npy, the empty text's; write them"
+            f"{folder}: expected context-00000.npy, ... and null_context.npy, the empty text's; make them with "
+            "scripts/sd_pairs.py"
         )
     return source, np.load(path, allow_pickle=False).astype(np.float32)
 
@@ -96,9 +106,11 @@ def build(
     sample_every: int = 1000,
     smoke: bool = False,
 ) -> Experiment:
-    """Settings: distil False is the reflow, in which context_dropout is the share of empty texts; lpips none compares
-    latents, else what autoencoder decodes of them.
+    """Settings: distil False is the reflow, in which context_dropout is the share of empty texts; distil learns one
+    step, where lpips none compares latents, else what autoencoder decodes of them.
     """
+    if lpips is not None and not distil:
+        raise ValueError(f"lpips {lpips} is a distance of images, for one step; add --set distil=True or leave it out")
     unet = stable_diffusion_unet(1).clone(dtype=jnp.bfloat16 if bf16 else jnp.float32)
     if smoke:
         num_steps, batch_size, checkpoint_every, sample_every = 4, 4, 2, 4

@@ -33,7 +33,8 @@ def by_level(metrics: Mapping[str, Array], level: Level) -> Metrics:
       level: [B] where each example was judged.
 
     Returns:
-      {name: [B], name_0.0: scalar, ...}; NaN, which logs pass over, where the batch has no example.
+      {name: [B], name_0.0: scalar, ...}; NaN, which logs, alarms and the mean over micro-batches pass over, where the
+      batch has no example.
     """
     band = jnp.clip(jnp.floor(noise_share(level) * BANDS), 0, BANDS - 1)
     means = {f"{name}_{b / BANDS:.1f}": _mean(of, band == b) for name, of in metrics.items() for b in range(BANDS)}
@@ -43,7 +44,8 @@ def by_level(metrics: Mapping[str, Array], level: Level) -> Metrics:
 def diversity(samples: Float[Array, "b ..."], data: Float[Array, "b ..."], level: Level | None = None) -> Array:
     """Deviation of samples over the batch, relative to that of data: 1 is usual, 0 is one sample for every noise.
 
-    It does not see a collapse within classes, where the classes differ.
+    It does not see a collapse within classes, where the classes differ. With `accumulate` the batch is a micro-batch,
+    and the log the mean of those that have a number.
 
     Args:
       samples: [B, ...] predictions of x0.

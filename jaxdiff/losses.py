@@ -221,19 +221,27 @@ def relativistic() -> Adversarial:
 
 
 def r1(logits: Logits, x: Float[Array, "b ..."]) -> Float[Array, " b"]:
-    """|d sum(logits) / dx|^2 of each example, summed over everything but the batch; on fakes it is R2.
+    """Squared gradient of the logit at each example, summed over everything but the batch; on fakes it is R2.
 
-    The sum couples examples where the discriminator does (a statistic of the batch), as in the releases. The usual
-    loss is gamma / 2 times the mean. Needs the second derivative of the discriminator.
+    The gradient is that of the logit's sum over the batch: it couples examples where the discriminator does (a
+    statistic of the batch), as in the releases. The squared gradients of several logits an example are averaged, each
+    at the price of a backward pass and its memory: prefer `approximated_r1` for more than a few. The usual loss is
+    gamma / 2 times the mean. Needs the second derivative of the discriminator.
 
     Args:
-      logits: x -> [B], or several logits an example.
+      logits: x -> [B], or several logits an example, [B, ...].
       x: [B, ...], what is judged.
 
-    Source: Mescheder et al. 2018 (arXiv:1801.04406) eq. 9.
+    Source: Mescheder et al. 2018 (arXiv:1801.04406) eq. 9, for one logit.
     """
-    gradient = jax.grad(lambda x: _wide(logits(x)).sum())(x)
-    return jnp.square(_wide(gradient)).reshape(x.shape[0], -1).sum(axis=1)
+    judged, backward = jax.vjp(lambda x: _wide(logits(x)).reshape(x.shape[0], -1), x)
+
+    def squared(of: Array) -> Array:
+        (gradient,) = backward(jnp.broadcast_to(of[None], judged.shape))
+        return jnp.square(_wide(gradient)).reshape(x.shape[0], -1).sum(axis=1)
+
+    each = jnp.eye(judged.shape[1], dtype=judged.dtype)
+    return squared(each[0]) if len(each) == 1 else jax.vmap(squared)(each).mean(axis=0)
 
 
 def approximated_r1(
@@ -241,10 +249,11 @@ def approximated_r1(
 ) -> Float[Array, " b"]:
     """(logits(x) - logits(x + sigma noise))^2, which needs first derivatives only; on fakes it is approximated R2.
 
-    Over unit noise its mean is sigma^2 |gradient|^2 to first order. Several logits an example are averaged.
+    The squares of several logits an example are averaged. Over unit noise the mean is sigma^2 times `r1` to first
+    order in sigma, unless the logit of one example depends on others.
 
     Args:
-      logits: x -> [B], or several logits an example.
+      logits: x -> [B], or several logits an example, [B, ...].
       x: [B, ...], what is judged.
       noise: unit normal, in the shape of x.
       sigma: > 0.
@@ -257,9 +266,10 @@ def approximated_r1(
 def r1_or_estimate(
     logits: Logits, x: Float[Array, "b ..."], key: Key | None, sigma: float | None
 ) -> Float[Array, " b"]:
-    """`r1` where sigma is None, else `approximated_r1` over sigma^2, which means the same and draws its noise from key.
+    """`r1` where sigma is None, else `approximated_r1` over sigma^2 with noise drawn from key.
 
-    Where an example has several logits, r1 is of their sum and the estimate the mean of theirs.
+    Both are the squared gradient, averaged over the logits of an example, the latter to first order in sigma; so one
+    weight serves both, whatever the number of logits.
 
     Raises:
       ValueError: for a sigma without a key.

@@ -152,3 +152,39 @@ def test_r1_is_the_squared_gradient_and_its_approximation_has_that_mean():
     np.testing.assert_array_equal(losses.r1_or_estimate(linear, x, None, None), losses.r1(linear, x))
     with pytest.raises(ValueError, match="draws noise; give a key, or sigma=None"):
         losses.r1_or_estimate(linear, x, None, 0.1)
+
+
+def test_r1_of_several_logits_is_the_mean_of_their_squared_gradients():
+    w = jax.random.normal(jax.random.key(0), (3, 4))
+    x = jax.random.normal(jax.random.key(1), (5, 3))
+
+    def linear(x):
+        return x @ w  # [B, 4]
+
+    squared = float((w**2).sum(axis=0).mean())
+    assert np.asarray(losses.r1(linear, x)) == pytest.approx(np.full(5, squared), rel=1e-5)
+    many = jnp.zeros((40_000, 3))
+    estimate = losses.r1_or_estimate(linear, many, jax.random.key(2), 0.1).mean()
+    assert float(estimate) == pytest.approx(squared, rel=0.03)
+    pixels = losses.r1(lambda x: linear(x).reshape(-1, 2, 2), x)
+    np.testing.assert_allclose(pixels, losses.r1(linear, x), rtol=1e-6)
+    one = losses.r1(lambda x: linear(x)[:, :1], x)
+    np.testing.assert_array_equal(one, losses.r1(lambda x: linear(x)[:, 0], x))
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_r1_couples_the_examples_that_the_logits_couple_and_has_a_gradient(num):
+    x = jax.random.normal(jax.random.key(1), (4, 2))
+    scale = jnp.arange(1.0, num + 1)
+
+    def penalty(a):
+        def logits(x):  # [B, num]: own square, and the mean square of the batch
+            return a * scale[None] * (x**2 + (x**2).mean(axis=0, keepdims=True)).sum(axis=1, keepdims=True)
+
+        return losses.r1(logits, x)
+
+    expected = (4 * np.asarray(x)) ** 2  # of x^2 twice: once itself, once a quarter in each of four means
+    of_scale = float((scale**2).mean())
+    np.testing.assert_allclose(penalty(1.0), of_scale * expected.sum(axis=1), rtol=1e-5)
+    slope = jax.grad(lambda a: penalty(a).sum())(jnp.float32(1))
+    np.testing.assert_allclose(slope, 2 * of_scale * expected.sum(), rtol=1e-5)

@@ -29,7 +29,7 @@ from jaxdiff.weighting import Weighting
 
 Taps = Sequence[Array]
 Features = Callable[[Params, Array, Array, Cond], Taps]
-Heads = Callable[[Params, Taps], Array]
+Heads = Callable[[Params, Taps, Array, Cond], Array]
 
 
 def logit_normal_share(schedule: Schedule, mean: float = 1.0, std: float = 1.0) -> TimeSampler:
@@ -62,6 +62,18 @@ def head_r1(heads: Callable[[Taps], Array], taps: Taps) -> Float[Array, " b"]:
     """
     slopes = jax.grad(lambda taps: heads(taps).astype(jnp.float32).sum())(list(taps))
     return sum((jnp.square(s.astype(jnp.float32)).reshape(s.shape[0], -1).sum(axis=1) for s in slopes), jnp.zeros(()))
+
+
+def over_heads(terms: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """The sum over heads of each one's mean over its tokens.
+
+    Args:
+      terms: [B] of one head, or [B, K, ...] of K heads and their tokens.
+
+    Source: Sauer et al. 2023 eq. 2-3 for the sum.
+    """
+    num_heads = 1 if terms.ndim == 1 else terms.shape[1]
+    return terms.reshape(terms.shape[0], num_heads, -1).mean(axis=2).sum(axis=1)
 
 
 def distillation(
@@ -104,7 +116,9 @@ def adversarial_distillation(
 ) -> Method:
     """ADD and LADD with the diffusion model as judge. Batches are {"x0": [B, ...], further arrays as conditioning}.
 
-    Data may be the teacher's own samples, as LADD has them.
+    Data may be the teacher's own samples, as LADD has them. The papers' heads are conditioned by projection: ADD's on
+    embeddings of text and image, LADD's on noise level and text; `t` and `cond` are there for such heads, of which we
+    have none. `FeatureHeads`, APT's, is one head on all features that sees neither.
 
     Args:
       network: teacher and student, (params, x_t, t, cond) -> [B, ...].
@@ -112,7 +126,8 @@ def adversarial_distillation(
       parameterization: what the output means; it must determine x0 at the last level.
       teacher_params: of the teacher, frozen; a copy is held in aux["teacher"].
       features: (teacher_params, x, t, cond) -> [B, N, D] features of the network, x and t as it takes them.
-      heads: (params, features) -> logits [B] or [B, ...], as `FeatureHeads`.
+      heads: (params, features, t, cond) -> logits [B] of one head, or [B, K] of K, or [B, K, ...] with one for every
+        token; t as `features` has it. Losses are means over an example's tokens and sums over its heads.
       init_heads: (key, batch) -> parameters of the heads.
       levels: decreasing times that the student is asked at, the first t_max; drawn uniformly.
       init_params: (key, batch) -> the student's parameters; None for a copy of the teacher's.
@@ -126,7 +141,8 @@ def adversarial_distillation(
       num_steps: default number of sampling steps.
 
     Returns:
-      Method with the players "disc" (the heads) and "model". n steps go through the first n of `levels`.
+      Method with the players "disc" (the heads) and "model". n steps go through the first n of `levels`. Logits in
+        the metrics are means over heads, too.
 
     Raises:
       ValueError: for an output that does not determine x0 at the last level, levels out of order, negative weights;
@@ -152,7 +168,12 @@ def adversarial_distillation(
         return level_like(schedule, t, x0)
 
     def played(params, aux, batch, key):
-        """The prediction with its level, the judge's level, and the features of data and of a sample, noised apart."""
+        """What both objectives begin with, and functions for what only one of them needs.
+
+        Returns:
+          The prediction and its level; the judge's level; () -> features of the data; x -> those of samples, noised
+          apart; (parameters of the heads, features) -> logits.
+        """
         x0, cond = read_batch(batch, "adversarial_distillation")
         index_key, eps_key, time_key, real_key, fake_key, network_key = jax.random.split(key, 6)
         s = jnp.asarray(grid, x0.dtype)[jax.random.randint(index_key, x0.shape[:1], 0, len(grid))]
@@ -162,34 +183,38 @@ def adversarial_distillation(
         prediction = denoise(x_s, s).x0
         t = judge_times(time_key, x0.shape[0]).astype(x0.dtype)
         looked = level_of(t, x0)
+        _, net_time = as_trained(x0, t)
 
         def seen(x, key):
             noised = process.q_sample(x, jax.random.normal(key, x0.shape, x0.dtype), looked)
             return features(aux["teacher"], *as_trained(noised, t), cond)
 
-        return (prediction, start), looked, lambda: seen(x0, real_key), lambda x: seen(x, fake_key)
+        def judge(params, taps):
+            return heads(params, taps, net_time, cond)
+
+        return (prediction, start), looked, lambda: seen(x0, real_key), lambda x: seen(x, fake_key), judge
 
     def disc_objective(params, aux, batch, key, step):
         del step
-        (prediction, _), level, seen_real, seen_fake = played(params, aux, batch, key)
+        (prediction, _), level, seen_real, seen_fake, judge = played(params, aux, batch, key)
         real, fake = seen_real(), seen_fake(jax.lax.stop_gradient(prediction))
-        on_real, on_fake = heads(params["disc"], real), heads(params["disc"], fake)
-        loss = adversarial.discriminator(on_real, on_fake).mean()
+        on_real, on_fake = judge(params["disc"], real), judge(params["disc"], fake)
+        loss = over_heads(adversarial.discriminator(on_real, on_fake)).mean()
         logits = {"logit_real": losses.mean_flat(on_real), "logit_fake": losses.mean_flat(on_fake)}
         metrics = health.by_level(logits, level)
         if not r1_weight:
             return loss, metrics
-        r1 = head_r1(lambda taps: heads(params["disc"], taps), real)
+        r1 = head_r1(lambda taps: judge(params["disc"], taps), real)
         return loss + r1_weight * r1.mean(), metrics | {"r1": r1}
 
     def student_objective(params, aux, batch, key, step):
         del step
         key, time_key, noise_key = jax.random.split(key, 3)
-        (prediction, start), _, seen_real, seen_fake = played(params, aux, batch, key)
+        (prediction, start), _, seen_real, seen_fake, judge = played(params, aux, batch, key)
         x0, cond = read_batch(batch, "adversarial_distillation")
-        on_fake = heads(params["disc"], seen_fake(prediction))
-        on_real = jax.lax.stop_gradient(heads(params["disc"], seen_real()))  # few losses look at it
-        loss = adversarial.generator(on_real, on_fake).mean()
+        on_fake = judge(params["disc"], seen_fake(prediction))
+        on_real = jax.lax.stop_gradient(judge(params["disc"], seen_real()))  # few losses look at it
+        loss = over_heads(adversarial.generator(on_real, on_fake)).mean()
         metrics = {"logit_generated": losses.mean_flat(on_fake), "diversity": health.diversity(prediction, x0, start)}
         if not distillation_weight:
             return loss, metrics

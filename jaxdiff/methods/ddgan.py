@@ -41,9 +41,11 @@ def discriminator_loss(
       shown: from `solvers.posterior.show`.
       step: of training; the penalty is there when r1_every divides it.
       adversarial: loss of the logits.
-      r1_gamma: the penalty is r1_gamma / 2 times the squared gradient in the real x_s, with x_t held; 0 for none.
+      r1_gamma: the penalty is r1_gamma / 2 times the squared gradient in the real x_s, with x_t held, averaged over
+        the logits of an example; 0 for none.
       r1_every: the penalty is not multiplied by it, unlike StyleGAN2's.
-      r1_sigma: None for the gradient itself; else its estimate by a step of that deviation, drawn from `key`.
+      r1_sigma: None for the gradient itself, a backward pass for every logit of an example; else its estimate to
+        first order by a step of that deviation, drawn from `key`. r1_gamma means the same.
 
     Returns:
       The loss, and metrics: logit_real and logit_fake [B], also by level; with a penalty r1, the mean squared

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxdiff import health, losses, process, schedules, times, weighting
+from jaxdiff import health, losses, one_step, process, schedules, times, weighting
 from jaxdiff import parameterization as parameterizations
 from jaxdiff.denoiser import denoiser
 from jaxdiff.methods.base import Batch, Method, Objective, Sampling, copied, read_batch
@@ -29,6 +29,8 @@ from jaxdiff.types import Cond, Denoiser, Key, Level, Network, Params, expand
 
 ParamsFn = Callable[[Key, Batch], Params]
 Teacher = Callable[[Params, Cond], Denoiser]
+MAX_GAIN = 20.0
+"""More than `one_step.MAX_GAIN`, since the release starts from the last level of Stable Diffusion, which has 14.6."""
 
 
 class Form(NamedTuple):
@@ -133,6 +135,7 @@ def dmd2(
     gan_weight: float = 3e-3,
     every: int = 5,
     num_steps: int = 1,
+    max_gain: float = MAX_GAIN,
 ) -> Method:
     """DMD2. Batches are {"x0": [B, ...], further arrays [B, ...] as conditioning, of data and samples alike}.
 
@@ -156,6 +159,8 @@ def dmd2(
       gan_weight: of the adversarial term beside the matching loss: 3e-3 on ImageNet, 1e-3 and 5e-3 for text to image.
       every: the generator is updated on every n-th step, the fake score on all: 5, or 10 for Stable Diffusion 1.5.
       num_steps: of the student's sampler, at trailing levels of the form.
+      max_gain: largest factor on the generator's error in x0 at the level it starts from: 14.6 for eps at the end of
+        Stable Diffusion's chain, which the release uses, 157 at that of DDPM's. math.inf allows any.
 
     Returns:
       Method with the players "fake" and "model". `generate` alternates the student's x0 with fresh noise; other
@@ -163,8 +168,10 @@ def dmd2(
       diversity, and logit_real, logit_fake, also by level, and loss_gan with a judge.
 
     Raises:
-      ValueError: for a range that is empty, a number out of range, or a judge without init_fake; while tracing, if a
-        network answers in another shape than the data's, and for a guidance_scale when sampling.
+      ValueError: for a range that is empty, a number out of range, a judge without init_fake, or an output that hardly
+        determines x0 at the level it starts from; from `init`, without `teacher`, for a generator of another form than
+        the teacher, and for such a fake score without `score` and judge; while tracing, if a network answers in another
+        shape than the data's, and for a guidance_scale when sampling.
 
     Source: Yin et al. 2024 section 4, and the releases' settings.
     """
@@ -174,7 +181,7 @@ def dmd2(
         raise ValueError("dmd2: a judge reads the parameters of the fake score; give init_fake, which adds its head")
     if every < 1:
         raise ValueError(f"dmd2: every must be at least 1, got {every}")
-    sampling_times(form, num_steps)  # refuses a bad grid now, not when sampling
+    _require_safe(form, float(sampling_times(form, num_steps)[0]), max_gain)
     adversarial = losses.non_saturating()
     solver = stochastic_iterative(form.schedule)
 
@@ -188,6 +195,10 @@ def dmd2(
         student_key, fake_key = jax.random.split(key)
         student = init_params(student_key, batch) if init_params else copied(teacher_params)
         fake = init_fake(fake_key, batch) if init_fake else copied(teacher_params)
+        if teacher is None:
+            _require_same_form(student, teacher_params, "init_params")
+            if score is None and judge is None:
+                _require_same_form(fake, teacher_params, "init_fake")
         return {"model": student, "fake": fake}, {"teacher": copied(teacher_params)}
 
     def samples(params, x0, cond, key):
@@ -280,6 +291,25 @@ def sampling_times(form: Form, num_steps: int) -> Float[np.ndarray, " n"]:
     indices = times.trailing(form.num_levels, num_steps)
     with jax.ensure_compile_time_eval():
         return np.asarray(form.time(jnp.asarray(indices, jnp.float32)))
+
+
+def _require_safe(form: Form, t: float, max_gain: float) -> None:
+    with jax.ensure_compile_time_eval():
+        level = form.schedule.level(jnp.full([1], t, jnp.float32))
+        gain = abs(float(form.parameterization.coefficients(level).out[0]))
+    if not gain <= max_gain:
+        raise ValueError(
+            f"dmd2: at t = {t:g} this output (eps?) determines x0 only up to {gain:.3g} times its own error, at most "
+            f"{max_gain:g} is allowed; use a network that predicts v or x0, which one_step.from_diffusion with an "
+            "earlier last_time makes of this one, or raise max_gain"
+        )
+
+
+def _require_same_form(params: Params, teacher_params: Params, source: str) -> None:
+    try:
+        one_step.require_same_form(params, teacher_params)
+    except ValueError as error:
+        raise ValueError(f"dmd2: {source}: {error}") from None
 
 
 def _indices(share: tuple[float, float], form: Form, name: str) -> tuple[int, int]:

@@ -334,8 +334,8 @@ def _check(schedule, first, reconstruction_weight, r1_weight, r1_every, r1_sigma
         return
     if first < schedule.t_max:
         raise ValueError(
-            f"ufogen: sampling would start at t = {first:g}, which holds signal, alpha / sigma = {signal:.2g}, and noise "
-            f"does not; the jumps must reach the schedule's last level, t = {schedule.t_max:g}"
+            f"ufogen: sampling would start at t = {first:g}, which holds signal, alpha / sigma = {signal:.2g}, and "
+            f"noise does not; the jumps must reach the schedule's last level, t = {schedule.t_max:g}"
         )
     if not pure_noise:
         raise ValueError(

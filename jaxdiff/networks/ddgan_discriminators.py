@@ -137,7 +137,10 @@ def append_batch_deviation(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c1
     b, height, width, c = x.shape
     size = min(b, GROUP)
     if b % size:
-        raise ValueError(f"the deviation within a batch is taken over groups of {GROUP}, got {b} examples; pad or crop")
+        raise ValueError(
+            f"the deviation within a batch is taken over groups of {GROUP}, got {b} examples; pad or crop, and with "
+            f"accumulate make batch_size / accumulate, the micro-batch seen here, a multiple of {GROUP}"
+        )
     groups = x.astype(jnp.float32).reshape(size, b // size, height, width, c)
     deviation = jnp.sqrt(jnp.square(groups - groups.mean(0, keepdims=True)).mean(0) + EPS).mean((1, 2, 3))
     channel = jnp.broadcast_to(deviation[None], (size, b // size)).reshape(b, 1, 1, 1)

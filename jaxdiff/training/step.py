@@ -58,7 +58,8 @@ def make_train_step(
       fold_in(fold_in(key, step), i), folded once more with the micro-batch. Metrics are scalars: `finite` (bool, all
       objectives), the method's own by their own names (arrays as means), and per objective `PLAYER/loss` and
       `PLAYER/grad_norm` (the second objective of one player is called PLAYER_2). Where an objective did not fire, its
-      entries are NaN, integers 0; `advance` sees the same.
+      entries are NaN, integers 0; `advance` sees the same. A scalar metric is the mean over the micro-batches where it
+      is not NaN, as `health` says NaN where examples are missing; a loss or gradient that is NaN in one of them is NaN.
 
     Raises:
       ValueError: if players and optimisers do not match, or accumulate or `every` is below 1. While tracing: if two
@@ -143,7 +144,10 @@ def _turn(objective: Objective, optimizer: optax.GradientTransformation, accumul
 def _value_and_grad(
     loss_of: Callable[..., Any], own: Params, batch: Batch, key: Key, accumulate: int
 ) -> tuple[tuple[Array, Metrics], Params]:
-    """Loss, metrics and gradient over micro-batches: means, and per-example metrics in the order of the batch."""
+    """Loss, metrics and gradient over micro-batches: means, and per-example metrics in the order of the batch.
+
+    Metrics that are NaN in a micro-batch are left out of the mean, losses and gradients never.
+    """
     grad = jax.value_and_grad(loss_of, has_aux=True)
     if accumulate == 1:
         return grad(own, batch, jax.random.fold_in(key, 0))
@@ -157,12 +161,12 @@ def _value_and_grad(
         return rows.reshape(rows.shape[0] // accumulate, accumulate, *rows.shape[1:]).swapaxes(0, 1)
 
     def join(values: Array) -> Array:
-        return values.mean(0) if values.ndim == 1 else values.swapaxes(0, 1).reshape(-1, *values.shape[2:])
+        return jnp.nanmean(values, 0) if values.ndim == 1 else values.swapaxes(0, 1).reshape(-1, *values.shape[2:])
 
     micro = (jnp.arange(accumulate), jax.tree.map(split, batch))
     unroll = accumulate if _nested_is_slow() else 1
-    total, out = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, own), micro, unroll=unroll)
-    return jax.tree.map(join, out), jax.tree.map(lambda grads: grads / accumulate, total)
+    total, (loss, metrics) = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, own), micro, unroll=unroll)
+    return (loss.mean(), jax.tree.map(join, metrics)), jax.tree.map(lambda grads: grads / accumulate, total)
 
 
 def _nested_is_slow() -> bool:

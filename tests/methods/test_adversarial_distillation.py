@@ -25,7 +25,7 @@ class Seen:
     """A network that says params["a"] everywhere, features that are 2 x and heads that weigh and add them."""
 
     def __init__(self):
-        self.network, self.features = [], []
+        self.network, self.features, self.heads = [], [], []
 
     def generate(self, params, x_t, t, cond, *, train=False, key=None):
         self.network.append((x_t, t))
@@ -35,7 +35,8 @@ class Seen:
         self.features.append((params, x, t))
         return [2 * x, t[:, None]]
 
-    def judge(self, params, taps):
+    def judge(self, params, taps, t, cond):
+        self.heads.append((t, cond))
         return (taps[0] * params["w"]).sum(axis=1) + params["b"] * taps[1][:, 0]
 
 
@@ -103,6 +104,36 @@ def test_losses_by_hand():
     assert float(with_teacher) == pytest.approx(own + 2.5 * float(metrics["distillation"].mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_heads_are_told_the_condition_and_the_level_as_the_features_are(index):
+    seen = Seen()
+    method, params, aux = made(seen, parameterization=parameterization.x0(parameterization.scaled_time(1000.0)))
+    label = jnp.arange(8)
+    loss_of(method, index, params, aux, batch_of(8) | {"label": label})
+    for t, cond in seen.heads:
+        np.testing.assert_array_equal(t, seen.features[0][2])
+        assert list(cond) == ["label"] and cond["label"] is label
+    assert len(seen.heads) == 2 and t.min() > 1
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_heads_are_summed_and_their_tokens_averaged(index):
+    seen = Seen()
+
+    def wide(*shape):
+        def heads(params, taps, t, cond):
+            logits = seen.judge(params, taps, t, cond)
+            return jnp.broadcast_to(logits.reshape(-1, *(1 for _ in shape)), (logits.shape[0], *shape))
+
+        method, params, aux = made(seen, heads=heads, distillation_weight=0.0)
+        return float(loss_of(method, index, params, aux, batch_of(8))[0])
+
+    one = wide()
+    assert [wide(1), wide(3), wide(3, 5), wide(3, 5, 2)] == pytest.approx([one, 3 * one, 3 * one, 3 * one], rel=1e-5)
+    terms = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    np.testing.assert_allclose(ad.over_heads(jnp.asarray(terms)), terms.mean(axis=2).sum(axis=1))
+
+
 def test_distillation_asks_the_teacher_about_the_noised_prediction_and_holds_its_answer_fixed():
     level, t = FLOW.level(jnp.array([0.25, 0.5])), jnp.array([0.25, 0.5])
     noise = jax.random.normal(KEY, (2, 2))
@@ -124,7 +155,9 @@ def test_distillation_asks_the_teacher_about_the_noised_prediction_and_holds_its
 def test_r1_is_taken_at_the_inputs_of_the_heads():
     params = {"w": jnp.array([[0.3, -0.4]]), "b": jnp.array([2.0])}
     taps = [jnp.ones((3, 2)), jnp.ones((3, 1))]
-    np.testing.assert_allclose(ad.head_r1(lambda taps: Seen().judge(params, taps), taps), [4.25] * 3, rtol=1e-5)
+    np.testing.assert_allclose(
+        ad.head_r1(lambda taps: Seen().judge(params, taps, jnp.zeros(3), {}), taps), [4.25] * 3, rtol=1e-5
+    )
     plain, state, aux = made()
     base, _ = loss_of(plain, 0, state, aux, batch_of(8))
     penalised, *_ = made(r1_weight=0.1)

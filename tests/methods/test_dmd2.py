@@ -1,5 +1,7 @@
 """Data N(MEAN, STD^2): both scores are known, so the gradient is, and a linear generator reaches the data."""
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -256,6 +258,40 @@ def test_eps_without_signal_is_refused():
     with pytest.raises(ValueError, match="does not determine x0 at t = 99"):
         eps_form(schedules.zero_terminal_snr(BETAS))
     assert eps_form(schedules.zero_terminal_snr(BETAS), parameterization.v()).num_levels == 100
+
+
+def test_an_output_that_hardly_determines_x0_at_the_first_step_is_refused():
+    noisy = eps_form(schedules.linear_betas(1000))
+    message = (
+        r"at t = 999 this output \(eps\?\) determines x0 only up to 157 times its own error, at most 20 is allowed"
+    )
+    with pytest.raises(ValueError, match=message + ".*or raise max_gain"):
+        dmd2(gaussian, noisy, teacher_params=TEACHER)
+    dmd2(gaussian, noisy, teacher_params=TEACHER, max_gain=math.inf)
+    published = eps_form(schedules.scaled_linear_betas(1000))
+    dmd2(gaussian, published, teacher_params=TEACHER, num_steps=4)
+    with pytest.raises(ValueError, match="up to 14.6 times its own error, at most 10 is allowed"):
+        dmd2(gaussian, published, teacher_params=TEACHER, max_gain=10.0)
+    dmd2(gaussian, eps_form(schedules.linear_betas(1000), parameterization.v()), teacher_params=TEACHER)
+
+
+def test_parameters_of_another_form_than_the_teachers_are_refused():
+    def init(**settings):
+        start = {"init_params": lambda key, batch: TEACHER, "init_fake": lambda key, batch: TEACHER} | settings
+        return dmd2(gaussian, x0_form(), teacher_params=TEACHER, **start).init(KEY, {"x0": X0})
+
+    def wide(key, batch):
+        return TEACHER | {"mean": jnp.zeros(3)}
+
+    differ = r"student and teacher differ: mean is \(3,\) in the student and \(\) in the teacher"
+    with pytest.raises(ValueError, match="dmd2: init_params: " + differ):
+        init(init_params=wide)
+    with pytest.raises(ValueError, match="dmd2: init_fake: " + differ):
+        init(init_fake=wide)
+    for may_differ in ({"score": gaussian}, {"judge": logits}):
+        assert init(init_fake=with_head, **may_differ)[0]["fake"].keys() == {"head", *TEACHER}
+    own = init(init_params=wide, teacher=lambda params, cond: bayes(0.0, 1.0))
+    assert own[0]["model"]["mean"].shape == (3,)
 
 
 def test_refused_when_traced():

@@ -85,7 +85,10 @@ def test_bfloat16_ends_in_float32():
     ("build", "message"),
     [
         (lambda: TINY.clone(halves=(True,)), r"channel_mult \(2, 3\) and halves \(True,\) need one entry"),
-        (lambda: append_batch_deviation(jnp.ones((6, 1, 1, 1))), "over groups of 4, got 6 examples"),
+        (
+            lambda: append_batch_deviation(jnp.ones((6, 1, 1, 1))),
+            "groups of 4, got 6 examples; .* batch_size / accumulate",
+        ),
         (lambda: as_network(TINY)(active_params(), *inputs(size=7)), "H and W divisible by 2"),
         (lambda: as_network(TINY)(active_params(), *inputs()[:2], {}), r"needs cond\['x_t'\]"),
         (

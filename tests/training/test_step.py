@@ -7,9 +7,11 @@ import optax
 import pytest
 import training_toys as toys
 
+from jaxdiff import health
 from jaxdiff.methods.base import Method, Objective
 from jaxdiff.training import ema, sharding, step
 from jaxdiff.training.state import create_state, set_hyperparameter
+from jaxdiff.types import Level
 
 KEY = jax.random.key(0)
 
@@ -153,6 +155,42 @@ def test_accumulated_examples_reach_advance_in_the_order_of_the_batch():
     target = next(toys.Points())["target"]
     np.testing.assert_array_equal(state.aux["rows"], target)
     np.testing.assert_allclose(state.aux["mean"], target.mean(), rtol=1e-4)
+
+
+def monitored():
+    """A method with the metrics of `health`; "share" of a batch is each example's share of noise."""
+
+    def init(key, batch):
+        del key, batch
+        return {"model": jnp.full((), 0.5)}, {}
+
+    def loss(params, aux, batch, key, step):
+        del aux, key, step
+        level, prediction = Level(1 - batch["share"], batch["share"]), params["model"] * batch["x0"]
+        seen = health.by_level({"size": prediction.mean(axis=1)}, level)
+        return (prediction**2).mean(), seen | {"diversity": health.diversity(prediction, batch["x0"], level)}
+
+    return Method(init, (Objective("model", loss),), toys.generate)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_micro_batch_without_noisy_examples_leaves_the_metric_to_the_other(monkeypatch, slow):
+    monkeypatch.setattr(step, "_nested_is_slow", lambda: slow)
+    method, batch = monitored(), next(toys.Points())
+    x0 = batch["x0"]
+    batch = {"x0": x0, "share": np.float32([1, 0, 1, 0, 1, 0, 1, 0])}  # rows 0, 2, ... are one micro-batch
+    train_step = jax.jit(step.make_train_step(method, sgd(method), accumulate=2))
+    state = create_state(method, sgd(method), (), KEY, batch)
+    after, metrics = train_step(state, batch)
+    assert metrics["finite"] and float(metrics["diversity"]) == pytest.approx(0.5, rel=1e-5)
+    assert float(metrics["size_0.8"]) == pytest.approx(0.5 * x0[::2].mean(), rel=1e-5)
+    assert float(metrics["size_0.0"]) == pytest.approx(0.5 * x0[1::2].mean(), rel=1e-5)
+    assert np.isnan(metrics["size_0.4"]) and after.params["model"] != 0.5
+
+    x0[1, 0] = np.nan  # in the other micro-batch
+    after, metrics = train_step(state, batch)
+    assert not metrics["finite"] and np.isnan(metrics["model/loss"]) and after.params["model"] == 0.5
+    assert np.isnan(metrics["size"]) and float(metrics["diversity"]) == pytest.approx(0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("slow", [True, False])
