@@ -5,7 +5,9 @@ the teacher's own features of noised images. Levels, learning rates and the shar
 The heads are APT's, which see neither the label nor the noise level, where the papers' do.
 Command: jaxdiff train experiments/digits_adversarial_distillation.py --workdir runs/ladder/add-0
              (needs digits_edm.py's run first)
-Expected: not measured.
+Expected: in one step 12.5 times the teacher's Frechet distance at 50 calls, seed 0: the heads stay at chance and the
+distillation makes means. With levels=20.0,0.7, distillation_weight=0.1, disc_lr=1e-3 and 1200 steps 9.5 times; not
+tuned.
 """
 
 import jax

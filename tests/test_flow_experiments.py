@@ -79,6 +79,7 @@ def test_a_distillation_learns_at_the_noisy_end_alone(module, settings, at_noise
     experiment = module.build(**settings, smoke=True)
     batch = next(experiment.data())
     assert {name: a.shape for name, a in batch.items()} == {n: a.shape for n, a in batch_shapes(experiment).items()}
+    batch = jax.tree.map(jnp.asarray, batch)
     params, aux = experiment.method.init(jax.random.key(0), batch)
     params = jax.tree.map(lambda a: a + 0.02, params)  # a fresh network answers 0 at every time
     loss = jax.jit(lambda key: experiment.method.objectives[0].loss(params, aux, batch, key, jnp.int32(0))[0])
