@@ -173,7 +173,10 @@ def param_leaves(name, sizes):
 def assert_same_training(got, expected):
     for i, (ours, theirs) in enumerate(zip(got.logs, expected.logs, strict=True)):
         for metric in theirs:
-            np.testing.assert_allclose(ours[metric], theirs[metric], rtol=1e-5, err_msg=f"{metric} of step {i}")
+            # a mean of logits of order 1 may be near 0: its digits are those of its terms
+            np.testing.assert_allclose(
+                ours[metric], theirs[metric], rtol=1e-5, atol=1e-6, err_msg=f"{metric} of step {i}"
+            )
     ours, theirs = toys.leaves(got.state), toys.leaves(expected.state)
     for path in theirs:
         scale = np.abs(theirs[path].astype(np.float64)).max()

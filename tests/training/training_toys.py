@@ -136,10 +136,7 @@ def distillation(rounds=False):
 
 
 def diffusion_gan():
-    """DDGAN on points, with latents, R1, and a logit that sees how much its group of four examples varies.
-
-    The logit starts near 5, so that its means can be compared relatively.
-    """
+    """DDGAN on points, with latents, R1, and a logit that sees how much its group of four examples varies."""
     mlp, judge = (MLP(features=16, num_blocks=1, time_features=fourier_embedding, out_features=n) for n in (3, 4))
     time = jnp.zeros(1)
 
@@ -148,7 +145,7 @@ def diffusion_gan():
 
     def discriminator(params, x_s, t, cond, **training):
         h = as_network(judge)(params["body"], jnp.concatenate([x_s, cond["x_t"]], axis=1), t, {}, **training)
-        return 5 + append_batch_deviation(h[:, None, None, :])[:, 0, 0] @ params["logit"]
+        return append_batch_deviation(h[:, None, None, :])[:, 0, 0] @ params["logit"]
 
     def init_discriminator(key, batch):
         del batch
