@@ -31,7 +31,6 @@ from jaxdiff.networks.mlp import MLP
 from jaxdiff.training import ema
 from jaxdiff.types import Network, Params
 
-ROOT = Path(__file__).resolve().parents[1]
 STD, NUM, WIDTH, LATENT = 0.05, 10_000, 64, 4
 MIXTURE = toy.gaussian_grid(5, std=STD)
 SIGMA_DATA, SIGMA_MAX = 0.7089, 10.0
